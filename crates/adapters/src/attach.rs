@@ -1,0 +1,319 @@
+//! Builds an adapter for a model: one layer per site, and the dense tensors trained beside it.
+//!
+//! Making a new adapter and loading a saved one are the same walk; only the source of the tensors differs. When it loads,
+//! every tensor of the file must find its place and every place its tensor.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use espalier_kernels::frozen::FrozenWeight;
+
+use crate::adapter::{Adapter, Init, Site, Source};
+use crate::config::{AdapterConfig, BiasMode, TokenIndices};
+use crate::module::{Host, ModuleMut, TokenRows};
+use crate::parameter::ParameterMap;
+use crate::parametrisation::full::FullLayer;
+use crate::target::{Candidate, Placement, near_misses};
+use crate::{Error, Result};
+
+/// A dense tensor of a module that is trained on purpose.
+#[derive(Debug, Clone)]
+pub struct DenseEntry {
+    /// Module path.
+    pub path: String,
+    /// `weight` or `bias`.
+    pub part: &'static str,
+    /// The trained values.
+    pub tensor: Tensor,
+}
+
+/// An adapter built for a model: everything it puts into the model's slots.
+#[derive(Debug)]
+pub struct Attached {
+    /// Its configuration.
+    pub config: AdapterConfig,
+    /// Layers by module path.
+    pub layers: BTreeMap<String, Arc<dyn Adapter>>,
+    /// Dense tensors beside them.
+    pub dense: Vec<DenseEntry>,
+    /// Trained token rows by embedding path.
+    pub rows: Vec<(String, TokenRows)>,
+    /// Sites and pattern counts.
+    pub placement: Placement,
+    /// All parameters in model order.
+    pub parameters: ParameterMap,
+}
+
+/// Where the tensors come from.
+#[derive(Debug)]
+pub enum Origin<'a> {
+    /// Drawn with this seed.
+    Seed(u64),
+    /// Taken from the tensors of a file.
+    File {
+        /// The file, for messages.
+        path: &'a Path,
+        /// Tensors by full name.
+        tensors: BTreeMap<String, Tensor>,
+    },
+}
+
+/// Names that classification heads have.
+pub const CLASSIFIER_NAMES: [&str; 2] = ["classifier", "score"];
+
+/// What a walk over the model finds out before layers are made.
+struct Survey {
+    candidates: Vec<Candidate>,
+    embeddings: Vec<String>,
+}
+
+fn survey(host: &mut dyn Host) -> Result<Survey> {
+    let heads = host.head_paths();
+    let mut survey = Survey { candidates: Vec::new(), embeddings: Vec::new() };
+    host.walk(&mut |module| {
+        let path = module.path().to_owned();
+        match module {
+            ModuleMut::Linear(_) => {
+                let head = heads.iter().any(|h| path == *h || path.starts_with(&format!("{h}.")));
+                survey.candidates.push(Candidate { path, linear: true, head });
+            }
+            ModuleMut::Embedding(_) => {
+                survey.embeddings.push(path.clone());
+                survey.candidates.push(Candidate { path, linear: false, head: false });
+            }
+            ModuleMut::Norm(_) => {}
+        }
+        Ok(())
+    })?;
+    Ok(survey)
+}
+
+/// The candidates of a model: its linear maps and embeddings, in order.
+///
+/// # Errors
+/// If the walk fails.
+pub fn candidates(host: &mut dyn Host) -> Result<Vec<Candidate>> {
+    Ok(survey(host)?.candidates)
+}
+
+/// Whether `pattern` names the module at `path` or one that contains it.
+fn names_module(path: &str, pattern: &str) -> bool {
+    let mut end = path.len();
+    loop {
+        let head = &path[..end];
+        if head == pattern || head.strip_suffix(pattern).is_some_and(|rest| rest.ends_with('.')) {
+            return true;
+        }
+        match head.rfind('.') {
+            Some(dot) => end = dot,
+            None => return false,
+        }
+    }
+}
+
+/// Token rows to train, by embedding path.
+fn token_rows(config: &AdapterConfig, embeddings: &[String]) -> Result<Vec<(String, Vec<u32>)>> {
+    let input = || embeddings.first().cloned().ok_or_else(|| Error::config("trainable_tokens", "no embedding"));
+    match &config.trainable_tokens {
+        None => Ok(Vec::new()),
+        Some(TokenIndices::Input(ids)) => Ok(vec![(input()?, ids.clone())]),
+        Some(TokenIndices::ByModule(map)) => map
+            .iter()
+            .map(|(name, ids)| {
+                let path = embeddings.iter().find(|p| names_module(p, name)).ok_or_else(|| Error::NoTarget {
+                    key: "trainable_tokens",
+                    pattern: name.clone(),
+                    near_misses: near_misses(name, embeddings.iter().cloned()),
+                })?;
+                Ok((path.clone(), ids.clone()))
+            })
+            .collect(),
+    }
+}
+
+/// Builds the adapter `config` for `host` with parameters of `dtype` on `device`.
+///
+/// # Errors
+/// If a pattern matches nothing, a setting does not fit, or the file and the model do not pair up one to one.
+pub fn attach(
+    host: &mut dyn Host,
+    config: &AdapterConfig,
+    origin: Origin<'_>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Attached> {
+    let survey = survey(host)?;
+    let (rank, alpha) = config.method.rank_and_alpha();
+    let placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
+    let rows_wanted = token_rows(config, &survey.embeddings)?;
+    let (mut tensors, file, seed) = match origin {
+        Origin::Seed(seed) => (BTreeMap::new(), None, seed),
+        Origin::File { path, tensors } => (tensors, Some(path), 0),
+    };
+    let mut missing = Vec::new();
+    let source = match file {
+        None => Source::Fresh(seed),
+        Some(_) => Source::File { tensors: &mut tensors, missing: &mut missing },
+    };
+    let mut init = Init { source, path: String::new(), dtype, device: device.clone() };
+    let mut build = Builder {
+        config,
+        layers: BTreeMap::new(),
+        dense: Vec::new(),
+        rows: Vec::new(),
+        parameters: ParameterMap::new(),
+        saved: config.modules_to_save.iter().map(|m| (m.clone(), 0)).collect(),
+    };
+    host.walk(&mut |module| {
+        let path = module.path().to_owned();
+        init.path.clone_from(&path);
+        let whole = build.saved_whole(&path);
+        match module {
+            ModuleMut::Linear(linear) => {
+                if whole {
+                    let weight = init.copy_of("weight", &linear.base().dequantize(dtype)?)?;
+                    build.layer(&path, Arc::new(FullLayer::new(weight)));
+                } else if let Some(site) = placed.get(path.as_str()) {
+                    let site = Site {
+                        path: path.clone(),
+                        d_out: linear.base().d_out(),
+                        d_in: linear.base().d_in(),
+                        rank: site.rank,
+                        alpha: site.alpha,
+                        base: linear.base().clone(),
+                        lookup: false,
+                        device: device.clone(),
+                    };
+                    let layer = config.method.attach(&site, &mut init)?;
+                    build.layer(&path, layer);
+                }
+                if let Some(bias) = linear.bias()
+                    && (whole || build.bias_wanted(placed.contains_key(path.as_str())))
+                {
+                    build.dense(&mut init, &path, "bias", bias.frozen())?;
+                }
+            }
+            ModuleMut::Norm(norm) => {
+                if whole {
+                    build.dense(&mut init, &path, "weight", norm.weight().frozen())?;
+                }
+                if let Some(bias) = norm.bias()
+                    && (whole || build.bias_wanted(false))
+                {
+                    build.dense(&mut init, &path, "bias", bias.frozen())?;
+                }
+            }
+            ModuleMut::Embedding(embedding) => {
+                let table = embedding.weight().frozen();
+                let (tokens, width) = table.dims2()?;
+                if whole {
+                    build.dense(&mut init, &path, "weight", table)?;
+                } else if let Some(site) = placed.get(path.as_str()) {
+                    let site = Site {
+                        path: path.clone(),
+                        d_out: width,
+                        d_in: tokens,
+                        rank: site.rank,
+                        alpha: site.alpha,
+                        base: embedding.base().clone(),
+                        lookup: true,
+                        device: device.clone(),
+                    };
+                    let layer = config.method.attach(&site, &mut init)?;
+                    build.layer(&path, layer);
+                }
+                if let Some((_, ids)) = rows_wanted.iter().find(|(p, _)| *p == path) {
+                    build.token_rows(&mut init, &path, ids, table)?;
+                }
+            }
+        }
+        Ok(())
+    })?;
+    // PEFT lists both names of classification heads; a model has one of them.
+    let head_found = build.saved.iter().any(|(m, n)| *n > 0 && CLASSIFIER_NAMES.contains(&m.as_str()));
+    let alias = |m: &str| head_found && CLASSIFIER_NAMES.contains(&m);
+    if let Some((pattern, _)) = build.saved.iter().find(|(m, n)| *n == 0 && !alias(m)) {
+        return Err(Error::NoTarget {
+            key: "modules_to_save",
+            pattern: pattern.clone(),
+            near_misses: near_misses(pattern, survey.candidates.iter().map(|c| c.path.clone())),
+        });
+    }
+    let Builder { layers, dense, rows, parameters, .. } = build;
+    if let Some(path) = file
+        && !(missing.is_empty() && tensors.is_empty())
+    {
+        return Err(Error::Unpaired { path: path.to_owned(), missing, unused: tensors.into_keys().collect() });
+    }
+    Ok(Attached { config: config.clone(), layers, dense, rows, placement, parameters })
+}
+
+struct Builder<'a> {
+    config: &'a AdapterConfig,
+    layers: BTreeMap<String, Arc<dyn Adapter>>,
+    dense: Vec<DenseEntry>,
+    rows: Vec<(String, TokenRows)>,
+    parameters: ParameterMap,
+    saved: Vec<(String, usize)>,
+}
+
+impl Builder<'_> {
+    fn saved_whole(&mut self, path: &str) -> bool {
+        let mut whole = false;
+        for (pattern, count) in &mut self.saved {
+            if names_module(path, pattern) {
+                *count += 1;
+                whole = true;
+            }
+        }
+        whole
+    }
+
+    fn bias_wanted(&self, adapted: bool) -> bool {
+        match self.config.bias {
+            BiasMode::None => false,
+            BiasMode::All => true,
+            BiasMode::LoraOnly => adapted,
+        }
+    }
+
+    fn layer(&mut self, path: &str, layer: Arc<dyn Adapter>) {
+        self.parameters.extend_under(path, layer.parameters());
+        self.layers.insert(path.to_owned(), layer);
+    }
+
+    fn dense(&mut self, init: &mut Init<'_>, path: &str, part: &'static str, start: &Tensor) -> Result<()> {
+        let tensor = init.copy_of(part, start)?;
+        self.parameters.push(format!("{path}.{part}"), &tensor, true);
+        self.dense.push(DenseEntry { path: path.to_owned(), part, tensor });
+        Ok(())
+    }
+
+    fn token_rows(&mut self, init: &mut Init<'_>, path: &str, ids: &[u32], table: &Tensor) -> Result<()> {
+        let tokens = table.dim(0)?;
+        if let Some(id) = ids.iter().find(|id| **id as usize >= tokens) {
+            return Err(Error::config(
+                "trainable_tokens",
+                format!("token {id} is outside {path}, which has {tokens} rows"),
+            ));
+        }
+        if ids.iter().collect::<BTreeSet<_>>().len() != ids.len() || ids.is_empty() {
+            return Err(Error::config("trainable_tokens", "the ids must be distinct, and at least one"));
+        }
+        let start = table.index_select(&Tensor::new(ids, table.device())?, 0)?;
+        let values = init.copy_of("trainable_tokens_delta", &start)?;
+        self.parameters.push(format!("{path}.trainable_tokens_delta"), &values, true);
+        self.rows.push((path.to_owned(), TokenRows { indices: ids.to_vec(), values }));
+        Ok(())
+    }
+}
+
+/// The frozen weight a merged module gets: W + ΔW, kept in W's dtype where W is dense and in `dtype` where it is not.
+pub(crate) fn merged_weight(base: &Arc<FrozenWeight>, delta: &Tensor, dtype: DType) -> Result<FrozenWeight> {
+    let target = base.as_dense().map_or(dtype, Tensor::dtype);
+    let sum = (base.dequantize(DType::F32)? + delta)?;
+    Ok(FrozenWeight::dense(sum.to_dtype(target)?)?)
+}

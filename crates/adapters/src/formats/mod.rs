@@ -1,0 +1,8 @@
+//! File formats of adapters: the only place that knows the key names of other tools' files, and the only place of this
+//! crate that opens files.
+
+pub mod atomic;
+pub mod folder;
+pub mod hash;
+pub mod peft_config;
+pub mod safetensors;

@@ -1,0 +1,163 @@
+//! PEFT's `adapter_config.json`, read and written.
+//!
+//! Reading consumes every key: one that is not understood and not at its harmless default is an error, so that no setting
+//! is dropped in silence.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::config::{AdapterConfig, BiasMode};
+use crate::parametrisation::MethodConfig;
+use crate::target::TargetSpec;
+use crate::{Error, Result};
+
+/// Keys that say nothing about the function computed, whatever their value.
+const INFORMATIVE: &[&str] = &[
+    "auto_mapping",
+    "inference_mode",
+    "revision",
+    "peft_version",
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "use_dora",
+    "transformers_version",
+];
+
+/// Writes `config`; keys of the method come from the method itself.
+///
+/// # Errors
+/// If a value cannot be written as JSON.
+pub fn to_json(config: &AdapterConfig) -> Result<Value> {
+    let mut keys = match config.method.to_peft() {
+        Some(keys) => keys,
+        None => {
+            let mut keys = object(&config.method)?;
+            keys.remove("method");
+            keys.insert("peft_type".into(), "ESPALIER".into());
+            keys.insert("espalier_method".into(), config.method.name().into());
+            keys
+        }
+    };
+    let mut put = |key: &str, value: Value| {
+        keys.insert(key.into(), value);
+    };
+    put("auto_mapping", Value::Null);
+    put("base_model_name_or_path", json!(config.base));
+    put("bias", value(&config.bias)?);
+    put("fan_in_fan_out", false.into());
+    put("inference_mode", true.into());
+    put("layer_replication", Value::Null);
+    put("modules_to_save", if config.modules_to_save.is_empty() { Value::Null } else { json!(config.modules_to_save) });
+    put("revision", Value::Null);
+    put("task_type", value(&config.task)?);
+    put("trainable_token_indices", value(&config.trainable_tokens)?);
+    if config.tie_weights && trains_embedding(config) {
+        put("ensure_weight_tying", true.into());
+    }
+    let targets = object(&config.targets)?;
+    for key in ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"] {
+        keys.insert(key.into(), targets.get(key).cloned().unwrap_or(Value::Null));
+    }
+    for key in ["rank_pattern", "alpha_pattern"] {
+        keys.insert(key.into(), targets.get(key).cloned().unwrap_or_else(|| json!({})));
+    }
+    let mut sorted: Vec<_> = keys.into_iter().collect();
+    sorted.sort_by(|x, y| x.0.cmp(&y.0));
+    Ok(Value::Object(sorted.into_iter().collect()))
+}
+
+fn trains_embedding(config: &AdapterConfig) -> bool {
+    config.modules_to_save.iter().any(|m| m.contains("embed") || m.contains("wte")) || config.trainable_tokens.is_some()
+}
+
+/// Reads a file's JSON.
+///
+/// # Errors
+/// If the method is not known, a value is not valid, or a key that matters is not understood.
+pub fn from_json(json: Value) -> Result<AdapterConfig> {
+    let Value::Object(mut keys) = json else {
+        return Err(Error::config("adapter_config.json", "the file must hold one JSON object"));
+    };
+    let method = match keys.get("espalier_method").and_then(Value::as_str).map(str::to_owned) {
+        Some(name) => native(&name, &mut keys)?,
+        None => MethodConfig::from_peft(&mut keys)?,
+    };
+    let mut take = |key: &str| keys.remove(key).filter(|v| !v.is_null());
+    let mut targets = Map::new();
+    for key in [
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    ] {
+        if let Some(value) = take(key) {
+            targets.insert(key.into(), value);
+        }
+    }
+    if !targets.contains_key("target_modules") {
+        return Err(Error::config("target_modules", "missing: the file does not say which modules are adapted"));
+    }
+    let config = AdapterConfig {
+        targets: parse::<TargetSpec>("target_modules", Value::Object(targets))?,
+        bias: take("bias").map_or(Ok(BiasMode::None), |v| parse("bias", v))?,
+        modules_to_save: take("modules_to_save").map_or(Ok(Vec::new()), |v| parse("modules_to_save", v))?,
+        trainable_tokens: take("trainable_token_indices").map(|v| parse("trainable_token_indices", v)).transpose()?,
+        tie_weights: take("ensure_weight_tying").map_or(Ok(false), |v| parse("ensure_weight_tying", v))?,
+        task: take("task_type").map(|v| parse("task_type", v)).transpose()?,
+        base: take("base_model_name_or_path").map(|v| parse("base_model_name_or_path", v)).transpose()?,
+        base_hash: None,
+        method,
+    };
+    match keys.into_iter().find(|(key, value)| !INFORMATIVE.contains(&key.as_str()) && !is_unset(value)) {
+        Some((key, value)) => {
+            Err(Error::config(key, format!("{value} is not supported, and ignoring it would change the results")))
+        }
+        None => Ok(config),
+    }
+}
+
+/// Reads a method that PEFT lacks from the layout of [`to_json`].
+fn native(name: &str, keys: &mut Map<String, Value>) -> Result<MethodConfig> {
+    keys.remove("espalier_method");
+    keys.remove("peft_type");
+    let mut fields = object(&MethodConfig::by_name(name)?)?;
+    for (key, value) in &mut fields {
+        if let Some(found) = keys.remove(key) {
+            *value = found;
+        }
+    }
+    parse("espalier_method", Value::Object(fields))
+}
+
+fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(items) => items.is_empty(),
+        _ => false,
+    }
+}
+
+fn parse<T: DeserializeOwned>(key: &str, value: Value) -> Result<T> {
+    serde_json::from_value(value.clone()).map_err(|e| Error::config(key, format!("{value} is not valid: {e}")))
+}
+
+fn value<T: Serialize>(item: &T) -> Result<Value> {
+    serde_json::to_value(item).map_err(|e| Error::config("adapter_config.json", e.to_string()))
+}
+
+fn object<T: Serialize>(item: &T) -> Result<Map<String, Value>> {
+    match value(item)? {
+        Value::Object(map) => Ok(map),
+        other => Err(Error::config("adapter_config.json", format!("{other} is not an object"))),
+    }
+}

@@ -1,0 +1,23 @@
+//! Normal A and zero B: the update starts at zero.
+//!
+//! Equation: A ~ N(0, 1/r^2), B = 0; for lookups A = 0, B ~ N(0, 1)
+//! Shapes:   A [r, d_in], B [d_out, r]
+//! Source:   PEFT `init_lora_weights="gaussian"`, as diffusers trains
+//! Cost:     r d_in draws a layer
+
+use super::{Factors, kaiming, shapes};
+use crate::adapter::{Init, Site};
+use crate::parametrisation::lora::LoraLayer;
+use crate::{Result, random};
+
+/// Makes the factors of a site.
+pub(super) fn factors(site: &Site, scale: f64, init: &mut Init<'_>) -> Result<Factors> {
+    if site.lookup {
+        return kaiming::factors(site, scale, init);
+    }
+    let (shape_a, shape_b) = shapes(site);
+    let (name_a, name_b) = LoraLayer::names(false);
+    let std = 1.0 / site.rank as f64;
+    let a = init.trainable(name_a, shape_a, |rng, shape, device| random::normal(rng, std, shape, device))?;
+    Ok(Factors { a, b: init.zeros(name_b, shape_b)?, moved: None })
+}

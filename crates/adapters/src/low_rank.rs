@@ -1,0 +1,141 @@
+//! The low-rank normal form, and its general path on plain tensor operations.
+//!
+//! Equation: y = g * (W x + s * B (c * (A x)))
+//! Shapes:   x [.., d_in] -> y [.., d_out]; A [R, d_in], B [d_out, R], s scalar, c [R] per rank, g [d_out] per output
+//! Source:   LoRA arXiv 2106.09685 eq. 3; the gain g as in DoRA arXiv 2402.09353 eq. 5
+//! Cost:     2 R (d_in + d_out) FLOPs a token forward, twice that backward
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use espalier_kernels::frozen::FrozenWeight;
+
+use crate::Result;
+
+/// A method's change written as scale, B, A and gains, so that fused kernels and merging need to know no method.
+#[derive(Debug, Clone)]
+pub struct LowRankView<'a> {
+    /// A [R, d_in].
+    pub a: &'a Tensor,
+    /// B [d_out, R].
+    pub b: &'a Tensor,
+    /// Factor s on the whole product.
+    pub scale: f64,
+    /// Factors c [R] per rank.
+    pub rank_scale: Option<&'a Tensor>,
+    /// Factors g [d_out] per output, on base and product alike.
+    pub gain: Option<Tensor>,
+    /// A frozen weight used in place of the base (initialisations that move a part of the base into the adapter).
+    pub residual: Option<&'a Arc<FrozenWeight>>,
+}
+
+impl<'a> LowRankView<'a> {
+    /// scale * B A.
+    pub fn new(a: &'a Tensor, b: &'a Tensor, scale: f64) -> Self {
+        Self { a, b, scale, rank_scale: None, gain: None, residual: None }
+    }
+
+    /// With factors per rank.
+    #[must_use]
+    pub fn rank_scale(mut self, scale: &'a Tensor) -> Self {
+        self.rank_scale = Some(scale);
+        self
+    }
+
+    /// With factors per output.
+    #[must_use]
+    pub fn gain(mut self, gain: Tensor) -> Self {
+        self.gain = Some(gain);
+        self
+    }
+
+    /// With another frozen weight in place of the base.
+    #[must_use]
+    pub fn residual(mut self, weight: Option<&'a Arc<FrozenWeight>>) -> Self {
+        self.residual = weight;
+        self
+    }
+
+    /// The product's part s * B (c * (A x)), in the dtype of `a`; `x` [.., d_in] -> [.., d_out].
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(self.a.dtype())?;
+        let (rows, shape) = flatten(&x)?;
+        let mut inner = rows.matmul(&self.a.t()?)?;
+        if let Some(c) = self.rank_scale {
+            inner = inner.broadcast_mul(c)?;
+        }
+        if self.scale != 1.0 {
+            inner = (inner * self.scale)?;
+        }
+        let out = inner.matmul(&self.b.t()?)?;
+        unflatten(&out, &shape)
+    }
+
+    /// Adapted output for `x` [.., d_in] on the general path; `dropped` is the input of the product (after dropout).
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, dropped: &Tensor) -> Result<Tensor> {
+        let base = self.residual.unwrap_or(base);
+        let y = base.forward(x)?;
+        let sum = (&y.to_dtype(self.a.dtype())? + self.product(dropped)?)?;
+        let sum = match &self.gain {
+            Some(gain) => sum.broadcast_mul(gain)?,
+            None => sum,
+        };
+        Ok(sum.to_dtype(x.dtype())?)
+    }
+
+    /// s * B diag(c) A [d_out, d_in] in `dtype`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn dense_product(&self, dtype: DType) -> Result<Tensor> {
+        let a = self.a.detach().to_dtype(dtype)?;
+        let b = self.b.detach().to_dtype(dtype)?;
+        let b = match self.rank_scale {
+            Some(c) => b.broadcast_mul(&c.detach().to_dtype(dtype)?)?,
+            None => b,
+        };
+        Ok((b.matmul(&a)? * self.scale)?)
+    }
+
+    /// ΔW [d_out, d_in] in f32 relative to `base`: g * (W' + product) - W, with W' the residual where there is one.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn delta(&self, base: &Arc<FrozenWeight>) -> Result<Tensor> {
+        let product = self.dense_product(DType::F32)?;
+        if self.gain.is_none() && self.residual.is_none() {
+            return Ok(product);
+        }
+        let original = base.dequantize(DType::F32)?;
+        let start = match self.residual {
+            Some(residual) => residual.dequantize(DType::F32)?,
+            None => original.clone(),
+        };
+        let mut adapted = (start + product)?;
+        if let Some(gain) = &self.gain {
+            adapted = adapted.broadcast_mul(&gain.detach().to_dtype(DType::F32)?.unsqueeze(1)?)?;
+        }
+        Ok((adapted - original)?)
+    }
+}
+
+/// `x` [.., n] as [rows, n], and its leading shape.
+pub(crate) fn flatten(x: &Tensor) -> Result<(Tensor, Vec<usize>)> {
+    let dims = x.dims();
+    let last = dims.last().copied().unwrap_or(1);
+    let rows = dims[..dims.len().saturating_sub(1)].iter().product::<usize>();
+    Ok((x.reshape((rows, last))?, dims[..dims.len().saturating_sub(1)].to_vec()))
+}
+
+/// The reverse of [`flatten`] with another last dimension.
+pub(crate) fn unflatten(x: &Tensor, leading: &[usize]) -> Result<Tensor> {
+    let mut dims = leading.to_vec();
+    dims.push(x.dim(1)?);
+    Ok(x.reshape(dims)?)
+}

@@ -1,0 +1,78 @@
+//! Full fine-tuning of a module: its dense weight is trained in place of the frozen one.
+//!
+//! Equation: y = W' x, W' starts as W
+//! Shapes:   x [.., d_in] -> y [.., d_out]; W' [d_out, d_in] trained
+//! Source:   the baseline every low-rank method is measured against
+//! Cost:     2 d_in d_out FLOPs a token forward, 4 d_in d_out backward; d_in d_out parameters a layer
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use espalier_kernels::frozen::FrozenWeight;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::adapter::{Adapter, Init, Method, Site};
+use crate::low_rank::{flatten, unflatten};
+use crate::{Flow, ParameterMap, Result};
+
+/// Full fine-tuning has no settings.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Full {}
+
+impl Method for Full {
+    type Layer = FullLayer;
+
+    fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<FullLayer> {
+        let start = site.base.dequantize(init.dtype)?;
+        Ok(FullLayer { weight: init.copy_of("weight", &start)? })
+    }
+
+    fn rank_and_alpha(&self) -> (usize, f64) {
+        (0, 0.0)
+    }
+
+    fn to_peft(&self) -> Option<Map<String, Value>> {
+        None
+    }
+
+    fn from_peft(keys: &mut Map<String, Value>) -> Result<Option<Self>> {
+        if keys.get("espalier_method").and_then(Value::as_str) != Some("full") {
+            return Ok(None);
+        }
+        keys.remove("espalier_method");
+        Ok(Some(Self {}))
+    }
+}
+
+/// The dense weight of one module.
+#[derive(Debug)]
+pub struct FullLayer {
+    weight: Tensor,
+}
+
+impl FullLayer {
+    /// A layer around a given variable (modules saved whole beside an adapter).
+    pub(crate) fn new(weight: Tensor) -> Self {
+        Self { weight }
+    }
+}
+
+impl Adapter for FullLayer {
+    fn forward(&self, _base: &Arc<FrozenWeight>, x: &Tensor, _flow: &Flow) -> Result<Tensor> {
+        let (rows, leading) = flatten(x)?;
+        let y = rows.to_dtype(self.weight.dtype())?.matmul(&self.weight.t()?)?;
+        Ok(unflatten(&y, &leading)?.to_dtype(x.dtype())?)
+    }
+
+    fn delta(&self, base: &Arc<FrozenWeight>) -> Result<Option<Tensor>> {
+        let base = base.dequantize(DType::F32)?;
+        Ok(Some((self.weight.detach().to_dtype(DType::F32)? - base)?))
+    }
+
+    fn parameters(&self) -> ParameterMap {
+        let mut map = ParameterMap::new();
+        map.push("weight", &self.weight, true);
+        map
+    }
+}

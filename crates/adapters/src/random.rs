@@ -1,0 +1,50 @@
+//! Random numbers by name: one seed, named sub-streams, the same bits on every run and for every thread count.
+
+use candle_core::{Device, Shape, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+
+use crate::Result;
+
+/// Mixes several numbers into one key (SplitMix64 finaliser over a running sum).
+pub fn mix(parts: &[u64]) -> u64 {
+    parts.iter().fold(0x9e37_79b9_7f4a_7c15, |state, part| {
+        let mut z = state.wrapping_add(*part).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z ^= z >> 30;
+        z = z.wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    })
+}
+
+/// The stream called `name` under `seed`.
+pub fn stream(seed: u64, name: &str) -> ChaCha8Rng {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update(name.as_bytes());
+    ChaCha8Rng::from_seed(hash.finalize().into())
+}
+
+/// Uniform on `[-bound, bound)`.
+pub fn uniform(rng: &mut ChaCha8Rng, bound: f64, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    let values: Vec<f32> = (0..shape.elem_count())
+        .map(|_| if bound > 0.0 { rng.random_range(-bound..bound) as f32 } else { 0.0 })
+        .collect();
+    Ok(Tensor::from_vec(values, shape, device)?)
+}
+
+/// Normal with mean 0 and standard deviation `std` (Box-Muller).
+pub fn normal(rng: &mut ChaCha8Rng, std: f64, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    let shape = shape.into();
+    let count = shape.elem_count();
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
+        let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * std;
+        let angle = std::f64::consts::TAU * rng.random::<f64>();
+        values.push((radius * angle.cos()) as f32);
+        values.push((radius * angle.sin()) as f32);
+    }
+    values.truncate(count);
+    Ok(Tensor::from_vec(values, shape, device)?)
+}

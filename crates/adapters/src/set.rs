@@ -1,0 +1,250 @@
+//! Several adapters by name on one base: switch, enable, disable, combine, merge and unmerge.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use espalier_kernels::frozen::FrozenWeight;
+
+use crate::adapter::Adapter;
+use crate::attach::{Attached, merged_weight};
+use crate::combine::WeightedSum;
+use crate::module::{Host, ModuleMut};
+use crate::{Error, Result};
+
+/// Named adapters of one base model, and which of them act.
+#[derive(Debug, Default)]
+pub struct AdapterSet {
+    adapters: BTreeMap<String, Attached>,
+    active: Vec<(String, f64)>,
+}
+
+/// What merging changed, to put it back exactly.
+#[derive(Debug, Default)]
+pub struct Merged {
+    weights: BTreeMap<String, Arc<FrozenWeight>>,
+    dense: BTreeMap<(String, &'static str), Tensor>,
+    /// Modules that were changed.
+    pub modules: usize,
+    /// Whether a token table was changed while the output head was not, so that the two are tied no more.
+    pub unties: bool,
+}
+
+impl AdapterSet {
+    /// No adapters.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an adapter under a name; it does not act yet.
+    ///
+    /// # Errors
+    /// If the name is taken.
+    pub fn add(&mut self, name: &str, adapter: Attached) -> Result<()> {
+        if self.adapters.contains_key(name) {
+            return Err(Error::config("name", format!("an adapter named `{name}` is already loaded")));
+        }
+        self.adapters.insert(name.to_owned(), adapter);
+        Ok(())
+    }
+
+    /// The adapter of that name.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn get(&self, name: &str) -> Result<&Attached> {
+        self.adapters.get(name).ok_or_else(|| Error::NoAdapter {
+            name: name.to_owned(),
+            loaded: self.adapters.keys().cloned().collect(),
+        })
+    }
+
+    /// Names of all adapters.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.adapters.keys().map(String::as_str)
+    }
+
+    /// The adapters that act, with their weights.
+    pub fn active(&self) -> &[(String, f64)] {
+        &self.active
+    }
+
+    /// Takes an adapter out, after emptying the slots if it acts.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn remove(&mut self, host: &mut dyn Host, name: &str) -> Result<Attached> {
+        self.get(name)?;
+        if self.active.iter().any(|(n, _)| n == name) {
+            let rest: Vec<_> = self.active.iter().filter(|(n, _)| n != name).cloned().collect();
+            self.activate(host, &rest.iter().map(|(n, w)| (n.as_str(), *w)).collect::<Vec<_>>())?;
+        }
+        self.adapters
+            .remove(name)
+            .ok_or_else(|| Error::NoAdapter { name: name.to_owned(), loaded: Vec::new() })
+    }
+
+    /// Empties all slots: the base model alone. [`Self::activate`] puts adapters back.
+    ///
+    /// # Errors
+    /// If the walk fails.
+    pub fn disable(&mut self, host: &mut dyn Host) -> Result<()> {
+        self.activate(host, &[])
+    }
+
+    /// Puts the weighted sum of the named adapters into the slots (one adapter at weight 1 acts as itself).
+    ///
+    /// # Errors
+    /// If a name is unknown, or two of them train the same dense tensor.
+    pub fn activate(&mut self, host: &mut dyn Host, wanted: &[(&str, f64)]) -> Result<()> {
+        let chosen = wanted.iter().map(|(n, w)| Ok((self.get(n)?, *w))).collect::<Result<Vec<_>>>()?;
+        let mut seen = BTreeSet::new();
+        for (adapter, weight) in &chosen {
+            let dense = adapter.dense.iter().map(|d| format!("{}.{}", d.path, d.part));
+            let rows = adapter.rows.iter().map(|(path, _)| format!("{path} (rows)"));
+            for name in dense.chain(rows) {
+                if *weight != 1.0 || !seen.insert(name.clone()) {
+                    return Err(Error::unsupported(
+                        format!("combining adapters that train {name} whole"),
+                        "dense tensors are not a change that can be weighed; activate that adapter alone",
+                    ));
+                }
+            }
+        }
+        host.walk(&mut |module| {
+            let path = module.path().to_owned();
+            let layer = layer_at(&chosen, &path);
+            let dense = |part: &str| {
+                chosen
+                    .iter()
+                    .flat_map(|(a, _)| &a.dense)
+                    .find(|d| d.path == path && d.part == part)
+                    .map(|d| d.tensor.clone())
+            };
+            match module {
+                ModuleMut::Linear(linear) => {
+                    linear.set_adapter(layer);
+                    if let Some(bias) = linear.bias_mut() {
+                        bias.replace(dense("bias"));
+                    }
+                }
+                ModuleMut::Norm(norm) => {
+                    norm.weight_mut().replace(dense("weight"));
+                    if let Some(bias) = norm.bias_mut() {
+                        bias.replace(dense("bias"));
+                    }
+                }
+                ModuleMut::Embedding(embedding) => {
+                    embedding.set_adapter(layer);
+                    embedding.weight_mut().replace(dense("weight"));
+                    let rows = chosen.iter().flat_map(|(a, _)| &a.rows).find(|(p, _)| *p == path);
+                    embedding.set_rows(rows.map(|(_, r)| r.clone()));
+                    embedding.set_tied_training(chosen.iter().all(|(a, _)| a.config.tie_weights));
+                }
+            }
+            Ok(())
+        })?;
+        self.active = wanted.iter().map(|(n, w)| ((*n).to_owned(), *w)).collect();
+        Ok(())
+    }
+
+    /// Writes what acts now into the base weights and empties the slots. Quantised weights become dense in `dtype`.
+    ///
+    /// # Errors
+    /// If a change depends on the input and so is no weight.
+    pub fn merge(&mut self, host: &mut dyn Host, dtype: DType) -> Result<Merged> {
+        let mut merged = Merged::default();
+        host.walk(&mut |module| {
+            let path = module.path().to_owned();
+            match module {
+                ModuleMut::Linear(linear) => {
+                    if let Some(adapter) = linear.adapter().cloned() {
+                        let Some(delta) = adapter.delta(linear.base())? else {
+                            return Err(Error::unsupported(
+                                format!("merging the adapter of {path}"),
+                                "its change depends on the input, so it is not a weight; keep it beside the base",
+                            ));
+                        };
+                        let weight = merged_weight(linear.base(), &delta, dtype)?;
+                        merged.weights.insert(path.clone(), linear.base().clone());
+                        linear.set_base(Arc::new(weight))?;
+                        linear.set_adapter(None);
+                        merged.modules += 1;
+                    }
+                    if let Some(bias) = linear.bias_mut() {
+                        merged.dense.insert((path, "bias"), bias.frozen().clone());
+                        bias.bake()?;
+                    }
+                }
+                ModuleMut::Norm(norm) => {
+                    merged.dense.insert((path.clone(), "weight"), norm.weight().frozen().clone());
+                    norm.weight_mut().bake()?;
+                    if let Some(bias) = norm.bias_mut() {
+                        merged.dense.insert((path, "bias"), bias.frozen().clone());
+                        bias.bake()?;
+                    }
+                }
+                ModuleMut::Embedding(embedding) => {
+                    if embedding.is_changed() {
+                        merged.dense.insert((path, "weight"), embedding.weight().frozen().clone());
+                        merged.unties |= !embedding.change_reaches_head();
+                        let table = embedding.effective()?;
+                        embedding.set_adapter(None);
+                        embedding.set_rows(None);
+                        embedding.set_table(table)?;
+                        merged.modules += 1;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        self.active.clear();
+        Ok(merged)
+    }
+
+    /// Puts the base weights back exactly as they were before [`Self::merge`].
+    ///
+    /// # Errors
+    /// If the walk fails.
+    pub fn unmerge(&mut self, host: &mut dyn Host, merged: Merged) -> Result<()> {
+        host.walk(&mut |module| {
+            let path = module.path().to_owned();
+            let dense = |part: &'static str| merged.dense.get(&(path.clone(), part)).cloned();
+            match module {
+                ModuleMut::Linear(linear) => {
+                    if let Some(base) = merged.weights.get(&path) {
+                        linear.set_base(base.clone())?;
+                    }
+                    if let (Some(bias), Some(old)) = (linear.bias_mut(), dense("bias")) {
+                        *bias = crate::Dense::new(old);
+                    }
+                }
+                ModuleMut::Norm(norm) => {
+                    if let Some(old) = dense("weight") {
+                        *norm.weight_mut() = crate::Dense::new(old);
+                    }
+                    if let (Some(bias), Some(old)) = (norm.bias_mut(), dense("bias")) {
+                        *bias = crate::Dense::new(old);
+                    }
+                }
+                ModuleMut::Embedding(embedding) => {
+                    if let Some(old) = dense("weight") {
+                        embedding.set_table(old)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What goes into the slot at `path`.
+fn layer_at(chosen: &[(&Attached, f64)], path: &str) -> Option<Arc<dyn Adapter>> {
+    let mut parts: Vec<(f64, Arc<dyn Adapter>)> =
+        chosen.iter().filter_map(|(a, w)| Some((*w, a.layers.get(path)?.clone()))).collect();
+    match parts.len() {
+        0 => None,
+        1 if parts[0].0 == 1.0 => parts.pop().map(|(_, layer)| layer),
+        _ => Some(Arc::new(WeightedSum::new(parts))),
+    }
+}

@@ -1,0 +1,242 @@
+//! Batched generation with a cache of keys and values.
+//!
+//! Prompts of a batch are padded on the left, so that all of them end at the same place; padding is a segment of its own,
+//! which nothing sees, and positions count from each prompt's first token. Sequences that are finished leave the batch.
+//! Each new token then costs one step of one position.
+
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+use espalier_adapters::Flow;
+use espalier_data::TextCodec;
+use espalier_models::input::PADDING;
+use espalier_models::{Model, TokenBatch};
+use serde::{Deserialize, Serialize};
+
+use crate::limits::{max_length, table_follows_length};
+use crate::sampler::SamplingConfig;
+use crate::sequence::{Completion, Sequence};
+use crate::{Error, Result};
+
+/// How to generate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerateOptions {
+    /// Most new tokens of a sequence.
+    pub max_new_tokens: usize,
+    /// How each token is chosen.
+    pub sampling: SamplingConfig,
+    /// Strings that end a text and are not part of it.
+    pub stop: Vec<String>,
+    /// Ids of tokens that end a sequence; see [`end_ids`].
+    pub eos: Vec<u32>,
+    /// Go on behind end tokens.
+    pub ignore_eos: bool,
+    /// Sequences that run together.
+    pub batch_size: usize,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 256,
+            sampling: SamplingConfig::greedy(),
+            stop: Vec::new(),
+            eos: Vec::new(),
+            ignore_eos: false,
+            batch_size: 16,
+        }
+    }
+}
+
+impl GenerateOptions {
+    /// Whether all values can be meant.
+    ///
+    /// # Errors
+    /// Names the first option that cannot, and what is accepted.
+    pub fn validate(&self) -> Result<()> {
+        self.sampling.validate()?;
+        if self.stop.iter().any(String::is_empty) {
+            return Err(Error::option("stop", "\"\"", "a stop string must have at least one character"));
+        }
+        if self.batch_size == 0 {
+            return Err(Error::option("batch_size", 0, "must be at least 1"));
+        }
+        Ok(())
+    }
+}
+
+/// A new token of a sequence. There is one event for each token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Sequence, as the prompts are numbered.
+    pub sequence: usize,
+    /// The token.
+    pub token: u32,
+    /// The text that became sure with it: whole characters only, nothing that may still become a stop string. The texts of
+    /// a sequence make up the text of its completion.
+    pub text: String,
+}
+
+/// Tokens and times of a generation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Tokens of the prompts, without padding.
+    pub prefill_tokens: usize,
+    /// Seconds spent on them.
+    pub prefill_s: f64,
+    /// New tokens, of all sequences.
+    pub decode_tokens: usize,
+    /// Seconds spent on them.
+    pub decode_s: f64,
+}
+
+impl Stats {
+    /// Adds the figures of another generation.
+    pub fn add(&mut self, other: &Self) {
+        self.prefill_tokens += other.prefill_tokens;
+        self.prefill_s += other.prefill_s;
+        self.decode_tokens += other.decode_tokens;
+        self.decode_s += other.decode_s;
+    }
+}
+
+/// What [`generate`] gives.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Generated {
+    /// One completion for each prompt, in their order.
+    pub completions: Vec<Completion>,
+    /// Tokens and times.
+    pub stats: Stats,
+}
+
+/// Ids of the tokens that end a text of this model, by its tokenizer's files and its `config.json`.
+pub fn end_ids(model: &Model, codec: &TextCodec) -> Vec<u32> {
+    let mut ids = codec.stop_ids();
+    ids.extend(&model.config().eos_ids);
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// Ids of a text that is to be continued: with the special tokens that the tokenizer sets in front of a text, without an
+/// end token that it sets behind.
+///
+/// # Errors
+/// If the tokenizer fails.
+pub fn prompt_ids(codec: &TextCodec, text: &str) -> Result<Vec<u32>> {
+    let mut ids = codec.encode_text(text, true)?;
+    if let Some(eos) = codec.eos_id()
+        && ids.last() == Some(&eos)
+        && codec.encode_text(text, false)?.last() != Some(&eos)
+    {
+        ids.pop();
+    }
+    Ok(ids)
+}
+
+/// Continues `prompts`, each a list of token ids; an empty one begins at the model's beginning-of-sequence token.
+/// Sequence i draws from the random stream (seed, i).
+///
+/// # Errors
+/// If an option cannot be meant, a prompt leaves no room for an answer or has an id outside the vocabulary, the model is no
+/// decoder, or its scores are not finite.
+pub fn generate(
+    model: &Model,
+    codec: &TextCodec,
+    prompts: &[Vec<u32>],
+    options: &GenerateOptions,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<Generated> {
+    options.validate()?;
+    if !options.stop.is_empty() && codec.tokenizer().is_none() {
+        return Err(Error::option("stop", format!("{:?}", options.stop), "stop strings need a tokenizer"));
+    }
+    let longest = max_length(model.config());
+    let mut sequences = prompts
+        .iter()
+        .enumerate()
+        .map(|(index, prompt)| Sequence::new(index, begun(model, index, prompt)?, longest, codec, options))
+        .collect::<Result<Vec<_>>>()?;
+    let mut stats = Stats::default();
+    let together = sequences.iter().map(Sequence::longest).max().unwrap_or(0);
+    let size = if table_follows_length(model.config(), together) { 1 } else { options.batch_size };
+    for batch in sequences.chunks_mut(size) {
+        run(model, batch, &mut stats, on_event)?;
+    }
+    Ok(Generated { completions: sequences.into_iter().map(Sequence::complete).collect(), stats })
+}
+
+/// A prompt with at least one token, all of the model's vocabulary.
+fn begun(model: &Model, index: usize, prompt: &[u32]) -> Result<Vec<u32>> {
+    let fault = |message: String| Error::Prompt { index, message };
+    let vocab = model.config().vocab;
+    if let Some((at, id)) = prompt.iter().enumerate().find(|(_, id)| **id as usize >= vocab) {
+        return Err(fault(format!(
+            "token {at} has id {id}, outside the model's vocabulary of {vocab}; the tokenizer is another model's"
+        )));
+    }
+    match (prompt, model.config().bos_id) {
+        ([], Some(bos)) => Ok(vec![bos]),
+        ([], None) => Err(fault("it is empty, and the model has no beginning-of-sequence token to start from".into())),
+        (prompt, _) => Ok(prompt.to_vec()),
+    }
+}
+
+/// Generates one batch to its end.
+fn run(model: &Model, batch: &mut [Sequence<'_>], stats: &mut Stats, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+    let mut live: Vec<&mut Sequence<'_>> = batch.iter_mut().filter(|s| !s.is_finished()).collect();
+    if live.is_empty() {
+        return Ok(());
+    }
+    let (flow, mut cache) = (Flow::eval(), model.new_cache());
+    let start = Instant::now();
+    let prompts: Vec<&[u32]> = live.iter().map(|s| s.tokens()).collect();
+    let mut scores = rows(&model.advance(&left_padded(&prompts), &mut cache, &flow)?)?;
+    stats.prefill_tokens += prompts.iter().map(|p| p.len()).sum::<usize>();
+    stats.prefill_s += start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    loop {
+        let (mut keep, mut ids, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        let before = live.len();
+        for (row, (sequence, logits)) in live.iter_mut().zip(&mut scores).enumerate() {
+            let token = sequence.step(logits, on_event)?;
+            stats.decode_tokens += 1;
+            if !sequence.is_finished() {
+                keep.push(row as u32);
+                ids.push(token);
+                positions.push(sequence.tokens().len() as u32 - 1);
+            }
+        }
+        live.retain(|s| !s.is_finished());
+        if live.is_empty() {
+            break;
+        }
+        if live.len() < before {
+            cache.keep_rows(&keep)?;
+        }
+        let input = TokenBatch { batch: live.len(), length: 1, ids, positions, segments: None, token_types: None };
+        scores = rows(&model.advance(&input, &mut cache, &flow)?)?;
+    }
+    stats.decode_s += start.elapsed().as_secs_f64();
+    Ok(())
+}
+
+/// Scores [b, vocabulary] on the host.
+fn rows(scores: &Tensor) -> Result<Vec<Vec<f32>>> {
+    Ok(scores.to_dtype(DType::F32)?.to_vec2()?)
+}
+
+/// Rows that end together. Padding has id and position 0, which nothing sees.
+fn left_padded(prompts: &[&[u32]]) -> TokenBatch {
+    let length = prompts.iter().map(|p| p.len()).max().unwrap_or(0);
+    let (mut ids, mut positions, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+    for prompt in prompts {
+        let pad = length - prompt.len();
+        ids.extend(std::iter::repeat_n(0, pad).chain(prompt.iter().copied()));
+        positions.extend(std::iter::repeat_n(0, pad).chain(0..prompt.len() as u32));
+        segments.extend(std::iter::repeat_n(PADDING, pad).chain(std::iter::repeat_n(0, prompt.len())));
+    }
+    let segments = segments.contains(&PADDING).then_some(segments);
+    TokenBatch { batch: prompts.len(), length, ids, positions, segments, token_types: None }
+}

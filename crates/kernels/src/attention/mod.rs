@@ -1,0 +1,117 @@
+//! Scaled dot-product attention with grouped heads, causal and sliding windows, soft caps and packed segments.
+//!
+//! Equation: s_ij = cap(scale q_i . k_j),  cap(s) = c tanh(s / c);  o_i = sum_j softmax_j(s_ij over visible j) v_j
+//! Shapes:   q [b, tq, h, d], k [b, tk, kv, d], v [b, tk, kv, dv] -> [b, tq, h, dv] in q's dtype; head i reads kv head
+//!           i / (h / kv)
+//! Source:   arXiv 1706.03762; grouped heads arXiv 2305.13245; tiles and recomputation arXiv 2205.14135, 2307.08691;
+//!           soft cap as in Gemma 2, arXiv 2408.00118
+//! Cost:     4 b h tq tk d FLOPs forward (half if causal), 2.5 times that backward; memory O(tile), plus one number per
+//!           query and head kept for the backward pass
+
+mod backward;
+mod cpu;
+mod decode;
+mod forward;
+mod mask;
+pub mod reference;
+
+use crate::fused;
+use candle_core::{Result, Tensor, bail};
+use std::sync::{Arc, OnceLock};
+
+/// Which query may see which key, and how scores are formed.
+#[derive(Debug, Clone, Default)]
+pub struct AttentionSpec {
+    /// Factor on q . k, usually 1 / sqrt(d).
+    pub scale: f64,
+    /// Query i sees keys j <= i + (tk - tq) only: the queries are the last tq positions.
+    pub causal: bool,
+    /// Query i sees keys j > i + (tk - tq) - window only.
+    pub window: Option<usize>,
+    /// Scores become c tanh(s / c) before the mask.
+    pub softcap: Option<f64>,
+    /// Packed sequences: a query sees only keys of its own segment.
+    pub segments: Option<Arc<Segments>>,
+}
+
+/// Segment ids of packed rows: attention stays within equal ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segments {
+    /// Id of each query, [b * tq], row-major.
+    pub query: Vec<u32>,
+    /// Id of each key, [b * tk], row-major.
+    pub key: Vec<u32>,
+    /// The batch size b.
+    pub batch: usize,
+}
+
+impl Segments {
+    /// The id of padding, which neither attends nor is attended to.
+    pub const PADDING: u32 = u32::MAX;
+}
+
+/// Sizes of one attention.
+#[derive(Debug, Clone, Copy)]
+struct Dims {
+    b: usize,
+    tq: usize,
+    tk: usize,
+    h: usize,
+    kv: usize,
+    d: usize,
+    dv: usize,
+}
+
+impl Dims {
+    /// Query heads per kv head.
+    fn group(&self) -> usize {
+        self.h / self.kv
+    }
+
+    fn of(q: &[usize], k: &[usize], v: &[usize]) -> Option<Self> {
+        let (&[b, tq, h, d], &[kb, tk, kv, kd], &[vb, vt, vkv, dv]) = (q, k, v) else { return None };
+        let fits = kb == b && vb == b && kd == d && vt == tk && vkv == kv && kv > 0 && h > 0 && h % kv == 0 && d > 0 && dv > 0;
+        fits.then_some(Self { b, tq, tk, h, kv, d, dv })
+    }
+}
+
+/// Attention of q [b, tq, h, d] over k [b, tk, kv, d] and v [b, tk, kv, dv]: [b, tq, h, dv].
+///
+/// Queries that see no key give zeros and no gradient. Gradients for q, k and v.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
+    let Some(dims) = Dims::of(q.dims(), k.dims(), v.dims()) else {
+        bail!(
+            "attention: q {:?}, k {:?}, v {:?}: expected q [b, tq, h, d], k [b, tk, kv, d], v [b, tk, kv, dv] with h a \
+             multiple of kv and nothing but b, tq, tk zero",
+            q.dims(),
+            k.dims(),
+            v.dims()
+        )
+    };
+    if q.dtype() != k.dtype() || q.dtype() != v.dtype() || !q.dtype().is_float() {
+        bail!("attention: q is {:?}, k {:?}, v {:?}: expected one float type", q.dtype(), k.dtype(), v.dtype())
+    }
+    if let Some(cap) = spec.softcap
+        && !(cap > 0.0 && cap.is_finite())
+    {
+        bail!("attention: soft cap {cap} is not a positive number")
+    }
+    if let Some(s) = spec.segments.as_deref()
+        && (s.batch != dims.b || s.query.len() != dims.b * dims.tq || s.key.len() != dims.b * dims.tk)
+    {
+        bail!(
+            "attention: segments for batch {} with {} query and {} key ids, but q is {:?} and k {:?}",
+            s.batch,
+            s.query.len(),
+            s.key.len(),
+            q.dims(),
+            k.dims()
+        )
+    }
+    if fused(q) {
+        let op = cpu::Attention { spec: spec.clone(), log_sums: OnceLock::new() };
+        q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+    } else {
+        reference::attention(q, k, v, spec)
+    }
+}

@@ -1,0 +1,194 @@
+//! A frozen matrix in any storage, multiplied by activations; the weight itself never gets a gradient.
+//!
+//! Equation: forward y = x W^T; transposed x = y W; the gradient of each is the other
+//! Shapes:   W [d_out, d_in], x [.., d_in], y [.., d_out]; results in the input's dtype, rounded once
+//! Source:   NF4 and double quantisation arXiv 2305.14314 (QLoRA), int8 arXiv 2208.07339 (LLM.int8), GGUF block types as
+//!           in llama.cpp
+//! Cost:     2 n d_in d_out FLOPs; stored weights are widened block by block, never as a whole matrix
+
+mod cpu;
+mod gguf;
+mod int8;
+mod nf4;
+pub mod reference;
+
+pub use int8::Int8;
+pub use nf4::{Nf4, Nf4Parts, dynamic_map, nf4_code_book};
+
+use crate::fused;
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use std::sync::Arc;
+
+/// A frozen matrix [d_out, d_in].
+#[derive(Debug, Clone)]
+pub enum FrozenWeight {
+    /// f32, f16, bf16 or f64 as it is, contiguous and off the tape.
+    Dense(Tensor),
+    /// 4-bit normal floats in blocks of 64.
+    Nf4(Nf4),
+    /// 8-bit integers with one scale a row.
+    Int8(Int8),
+    /// A GGUF block type.
+    Gguf(Arc<QTensor>),
+}
+
+/// d_out and d_in of a matrix, or an error that names its shape.
+fn matrix_dims(what: &str, dims: &[usize]) -> Result<(usize, usize)> {
+    match dims {
+        &[d_out, d_in] if d_out > 0 && d_in > 0 => Ok((d_out, d_in)),
+        other => bail!("{what} weight has shape {other:?}, expected a matrix [d_out, d_in]"),
+    }
+}
+
+impl FrozenWeight {
+    /// A dense matrix [d_out, d_in] of f32, f16, bf16 or f64; shares `weight`'s storage if that is contiguous.
+    pub fn dense(weight: Tensor) -> Result<Self> {
+        matrix_dims("dense", weight.dims())?;
+        if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+            bail!("dense weight is {:?}, expected f32, f16, bf16 or f64", weight.dtype())
+        }
+        Ok(Self::Dense(weight.detach().contiguous()?))
+    }
+
+    /// `weight` [d_out, d_in] rounded to 4-bit normal floats; `double_quant` also stores the block scales in 8 bits.
+    pub fn nf4(weight: &Tensor, double_quant: bool) -> Result<Self> {
+        Nf4::quantize(weight, double_quant).map(Self::Nf4)
+    }
+
+    /// `weight` [d_out, d_in] rounded to 8-bit integers, one scale a row.
+    pub fn int8(weight: &Tensor) -> Result<Self> {
+        Int8::quantize(weight).map(Self::Int8)
+    }
+
+    /// A matrix of a GGUF file.
+    pub fn gguf(weight: Arc<QTensor>) -> Result<Self> {
+        matrix_dims("GGUF", weight.shape().dims())?;
+        Ok(Self::Gguf(weight))
+    }
+
+    /// (d_out, d_in).
+    pub fn dims(&self) -> (usize, usize) {
+        let dims = match self {
+            Self::Dense(w) => w.dims(),
+            Self::Nf4(w) => return w.dims(),
+            Self::Int8(w) => return w.dims(),
+            Self::Gguf(w) => w.shape().dims(),
+        };
+        (dims.first().copied().unwrap_or(0), dims.get(1).copied().unwrap_or(0))
+    }
+
+    /// Number of outputs (rows).
+    pub fn d_out(&self) -> usize {
+        self.dims().0
+    }
+
+    /// Number of inputs (columns).
+    pub fn d_in(&self) -> usize {
+        self.dims().1
+    }
+
+    /// "f32", "bf16", "nf4", "int8", "q4_0" and so on.
+    pub fn dtype_name(&self) -> String {
+        match self {
+            Self::Dense(w) => w.dtype().as_str().to_string(),
+            Self::Nf4(_) => "nf4".to_string(),
+            Self::Int8(_) => "int8".to_string(),
+            Self::Gguf(w) => gguf::name(w.dtype()).to_string(),
+        }
+    }
+
+    /// Bytes the stored form takes, scales included.
+    pub fn size_in_bytes(&self) -> usize {
+        match self {
+            Self::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
+            Self::Nf4(w) => w.size_in_bytes(),
+            Self::Int8(w) => w.size_in_bytes(),
+            Self::Gguf(w) => w.storage_size_in_bytes(),
+        }
+    }
+
+    /// Where the weight lives.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Dense(w) => w.device().clone(),
+            Self::Nf4(w) => w.device().clone(),
+            Self::Int8(w) => w.device().clone(),
+            Self::Gguf(w) => w.device(),
+        }
+    }
+
+    /// The dense tensor, if stored as one.
+    pub fn as_dense(&self) -> Option<&Tensor> {
+        match self {
+            Self::Dense(w) => Some(w),
+            _ => None,
+        }
+    }
+
+    /// Codes and scales, if stored as NF4.
+    pub fn nf4_parts(&self) -> Option<Nf4Parts<'_>> {
+        match self {
+            Self::Nf4(w) => Some(w.parts()),
+            _ => None,
+        }
+    }
+
+    /// Codes [d_out * d_in] and absmax [d_out], if stored as int8.
+    pub fn int8_parts(&self) -> Option<(&[i8], &[f32])> {
+        match self {
+            Self::Int8(w) => Some(w.parts()),
+            _ => None,
+        }
+    }
+
+    /// The matrix [d_out, d_in] in `dtype`, off the tape.
+    pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) => w.to_dtype(dtype),
+            _ if self.device().is_cpu() => cpu::dequantize(self)?.to_dtype(dtype),
+            Self::Nf4(w) => w.on_device()?.to_dtype(dtype),
+            Self::Int8(w) => w.on_device()?.to_dtype(dtype),
+            Self::Gguf(w) => w.dequantize(&w.device())?.to_dtype(dtype),
+        }
+    }
+
+    /// x [.., d_in] W^T: [.., d_out] in x's dtype. Differentiable in x only.
+    pub fn forward(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
+        self.apply("forward", x, false)
+    }
+
+    /// y [.., d_out] W: [.., d_in] in y's dtype. Differentiable in y only.
+    pub fn forward_transposed(self: &Arc<Self>, y: &Tensor) -> Result<Tensor> {
+        self.apply("forward_transposed", y, true)
+    }
+
+    fn apply(self: &Arc<Self>, what: &str, x: &Tensor, transposed: bool) -> Result<Tensor> {
+        let (d_out, d_in) = self.dims();
+        let (from, to) = if transposed { (d_out, d_in) } else { (d_in, d_out) };
+        let Some((&last, outer)) = x.dims().split_last() else {
+            bail!("frozen {what}: input is a scalar, expected [.., {from}] for a weight [{d_out}, {d_in}]")
+        };
+        if last != from {
+            bail!("frozen {what}: input {:?} does not end in {from}, as the weight [{d_out}, {d_in}] needs", x.dims())
+        }
+        if !x.dtype().is_float() {
+            bail!("frozen {what}: input is {:?}, expected a float type", x.dtype())
+        }
+        if !x.device().same_device(&self.device()) {
+            bail!("frozen {what}: input is on {:?}, the weight on {:?}", x.device().location(), self.device().location())
+        }
+        let rows: usize = outer.iter().product();
+        let shape: Vec<usize> = outer.iter().copied().chain([to]).collect();
+        let x = x.reshape((rows, from))?;
+        let y = if fused(&x) {
+            x.contiguous()?.apply_op1(cpu::FrozenProduct { weight: self.clone(), transposed })?
+        } else if rows == 0 {
+            // Keeps an empty product on the tape: candle's matmul refuses it.
+            x.sum_keepdim(1)?.broadcast_as((0, to))?
+        } else {
+            reference::product(self, &x, transposed)?
+        };
+        y.reshape(shape)
+    }
+}

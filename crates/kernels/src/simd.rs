@@ -1,0 +1,73 @@
+//! Function multiversioning: one loop, compiled for AVX-512, AVX2+FMA and the baseline, chosen once at run time.
+//!
+//! `multiversion! { fn name[FMA](args) -> T { body } }` defines `name` with `FMA: bool` in scope: whether `mul_add` is one
+//! instruction. The body is plain Rust over slices that the compiler vectorises for each level.
+
+/// What the running processor offers.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Level {
+    /// SSE2 only.
+    Baseline,
+    /// AVX2 and FMA.
+    V3,
+    /// AVX-512 F, BW, DQ, VL.
+    V4,
+}
+
+/// The level of this machine, detected once.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn level() -> Level {
+    static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let v3 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let v4 = v3
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        match (v4, v3) {
+            (true, _) => Level::V4,
+            (_, true) => Level::V3,
+            _ => Level::Baseline,
+        }
+    })
+}
+
+macro_rules! multiversion {
+    ($(#[$meta:meta])* fn $name:ident[$fma:ident]($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        pub(crate) fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn generic<const $fma: bool>($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn v4($($arg: $ty),*) $(-> $ret)? {
+                    generic::<true>($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn v3($($arg: $ty),*) $(-> $ret)? {
+                    generic::<true>($($arg),*)
+                }
+                match $crate::simd::level() {
+                    // SAFETY: `level` has seen these features on this processor.
+                    $crate::simd::Level::V4 => return unsafe { v4($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::simd::Level::V3 => return unsafe { v3($($arg),*) },
+                    $crate::simd::Level::Baseline => {}
+                }
+            }
+            generic::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
+        }
+    };
+}
+pub(crate) use multiversion;
+
+/// `a * b + c`, fused where that is one instruction.
+#[inline(always)]
+pub(crate) fn madd<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}

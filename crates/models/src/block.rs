@@ -1,0 +1,115 @@
+//! One block: attention and MLP with their norms, placed before, after, or on both sides.
+
+use candle_core::Tensor;
+use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::{Flow, ModuleMut};
+use espalier_kernels::activation::{Activation, activate, gated};
+
+use crate::Result;
+use crate::attention::Attention;
+use crate::builder::Builder;
+use crate::cache::LayerCache;
+use crate::config::{NormPlacement, Projections};
+use crate::context::Context;
+
+/// The feed-forward part: down(act(gate x) * up x), or down(act(up x)).
+#[derive(Debug)]
+struct Mlp {
+    gate_up: Vec<Linear>,
+    down: Linear,
+    activation: Activation,
+    gated: bool,
+    width: usize,
+}
+
+impl Mlp {
+    fn load(build: &mut Builder<'_>, block: &str) -> Result<Self> {
+        let c = build.config;
+        let gate_up = match c.names.gate_up {
+            Projections::Fused(name) => {
+                vec![build.linear(&format!("{block}.{name}"), 2 * c.intermediate, c.hidden, c.mlp_bias)?]
+            }
+            Projections::Split(names) => names
+                .iter()
+                .map(|name| build.linear(&format!("{block}.{name}"), c.intermediate, c.hidden, c.mlp_bias))
+                .collect::<Result<_>>()?,
+        };
+        let down = build.linear(&format!("{block}.{}", c.names.down), c.hidden, c.intermediate, c.mlp_bias)?;
+        Ok(Self { gate_up, down, activation: c.activation, gated: c.gated, width: c.intermediate })
+    }
+
+    fn forward(&self, x: &Tensor, flow: &Flow) -> Result<Tensor> {
+        let inner = match (self.gate_up.as_slice(), self.gated) {
+            ([gate, up], true) => gated(&gate.forward(x, flow)?, &up.forward(x, flow)?, self.activation)?,
+            ([fused], true) => {
+                let both = fused.forward(x, flow)?;
+                let gate = both.narrow(2, 0, self.width)?.contiguous()?;
+                gated(&gate, &both.narrow(2, self.width, self.width)?.contiguous()?, self.activation)?
+            }
+            (all, _) => activate(&all[0].forward(x, flow)?, self.activation)?,
+        };
+        Ok(self.down.forward(&inner, flow)?)
+    }
+}
+
+/// One block.
+#[derive(Debug)]
+pub(crate) struct Block {
+    attention: Attention,
+    mlp: Mlp,
+    norms: Vec<Norm>,
+    placement: NormPlacement,
+}
+
+impl Block {
+    pub(crate) fn load(build: &mut Builder<'_>, path: &str, layer: usize) -> Result<Self> {
+        let c = build.config;
+        let attention = Attention::load(build, path, layer)?;
+        let mlp = Mlp::load(build, path)?;
+        let norms = c
+            .names
+            .norms
+            .iter()
+            .map(|name| build.norm(&format!("{path}.{name}"), c.hidden))
+            .collect::<Result<_>>()?;
+        Ok(Self { attention, mlp, norms, placement: c.placement })
+    }
+
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        context: &Context,
+        flow: &Flow,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        let n = &self.norms;
+        Ok(match self.placement {
+            NormPlacement::Pre => {
+                let x = (x + self.attention.forward(&n[0].forward(x)?, context, flow, cache)?)?;
+                (&x + self.mlp.forward(&n[1].forward(&x)?, flow)?)?
+            }
+            NormPlacement::Post => {
+                let x = n[0].forward(&(x + self.attention.forward(x, context, flow, cache)?)?)?;
+                n[1].forward(&(&x + self.mlp.forward(&x, flow)?)?)?
+            }
+            NormPlacement::Sandwich => {
+                let attended = self.attention.forward(&n[0].forward(x)?, context, flow, cache)?;
+                let x = (x + n[1].forward(&attended)?)?;
+                let fed = self.mlp.forward(&n[2].forward(&x)?, flow)?;
+                (&x + n[3].forward(&fed)?)?
+            }
+        })
+    }
+
+    pub(crate) fn walk(
+        &mut self,
+        visit: &mut dyn FnMut(ModuleMut<'_>) -> espalier_adapters::Result<()>,
+    ) -> espalier_adapters::Result<()> {
+        self.attention.walk(visit)?;
+        for linear in &mut self.mlp.gate_up {
+            visit(ModuleMut::Linear(linear))?;
+        }
+        visit(ModuleMut::Linear(&mut self.mlp.down))?;
+        self.norms.iter_mut().try_for_each(|norm| visit(ModuleMut::Norm(norm)))
+    }
+}

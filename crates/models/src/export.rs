@@ -1,0 +1,226 @@
+//! Writes a model as a Hugging Face folder, tensor by tensor: one matrix in memory at a time, shards of bounded size.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use espalier_adapters::formats::{atomic, safetensors};
+use espalier_adapters::{Host, ModuleMut};
+use serde_json::{Value, json};
+
+use crate::config::HeadSpec;
+use crate::transformer::Model;
+use crate::{Error, Result};
+
+/// How a model is written.
+#[derive(Debug, Clone)]
+pub struct ExportOptions {
+    /// Dtype of the file; the model's own if None.
+    pub dtype: Option<DType>,
+    /// Bytes after which a new shard begins.
+    pub shard_bytes: u64,
+    /// Whether the output head must be written apart from the token table although the architecture ties them.
+    pub untie: bool,
+    /// Keys added to or changed in `config.json`.
+    pub config: serde_json::Map<String, Value>,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        Self { dtype: None, shard_bytes: 5 << 30, untie: false, config: serde_json::Map::new() }
+    }
+}
+
+/// Counts of what was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exported {
+    /// Tensors.
+    pub tensors: usize,
+    /// Weight files.
+    pub files: usize,
+    /// Bytes of the weight files.
+    pub bytes: u64,
+}
+
+/// Files beside the weights that belong to a model.
+const COMPANIONS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// Copies the tokenizer and templates of one model folder to another.
+///
+/// # Errors
+/// If a file cannot be copied.
+pub fn copy_companions(from: &Path, to: &Path) -> Result<usize> {
+    let mut copied = 0;
+    for name in COMPANIONS {
+        let source = from.join(name);
+        if source.is_file() && from != to {
+            let bytes = std::fs::read(&source).map_err(|e| Error::io(&source, e))?;
+            atomic::write(&to.join(name), |out| out.write_all(&bytes))?;
+            copied += 1;
+        }
+    }
+    Ok(copied)
+}
+
+impl Model {
+    /// Writes the base weights, with what was merged into them, as a model folder. Adapters in the slots are not written.
+    ///
+    /// # Errors
+    /// If a file cannot be written; an earlier folder is whole then.
+    pub fn export(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
+        let mut written = Exported { tensors: 0, files: 0, bytes: 0 };
+        let companions = self.provenance.path().map(Path::to_owned);
+        atomic::replace_folder(folder, |temp| -> Result<()> {
+            written = self.write_weights(temp, options)?;
+            let config = self.config_json(options)?;
+            atomic::write(&temp.join("config.json"), |out| writeln!(out, "{config}"))?;
+            if let Some(from) = companions.as_deref().filter(|p| p.is_dir()) {
+                copy_companions(from, temp)?;
+            }
+            Ok(())
+        })?;
+        Ok(written)
+    }
+
+    fn config_json(&self, options: &ExportOptions) -> Result<String> {
+        let mut raw = self.config.raw.clone();
+        if let Some(keys) = raw.as_object_mut() {
+            let dtype = options.dtype.unwrap_or(self.dtype());
+            let name = match dtype {
+                DType::BF16 => "bfloat16",
+                DType::F16 => "float16",
+                _ => "float32",
+            };
+            for key in ["dtype", "torch_dtype"] {
+                if key == "torch_dtype" || keys.contains_key(key) {
+                    keys.insert(key.into(), name.into());
+                }
+            }
+            keys.remove("quantization_config");
+            if options.untie {
+                keys.insert("tie_word_embeddings".into(), false.into());
+            }
+            if let HeadSpec::Pooled { labels } | HeadSpec::Dense { labels } = self.config.head {
+                let known = keys.get("id2label").and_then(Value::as_object).map(serde_json::Map::len);
+                if known != Some(labels) {
+                    let names: Vec<String> = (0..labels).map(|i| format!("LABEL_{i}")).collect();
+                    let to: serde_json::Map<_, _> =
+                        names.iter().enumerate().map(|(i, n)| (i.to_string(), json!(n))).collect();
+                    let back: serde_json::Map<_, _> = names.iter().enumerate().map(|(i, n)| (n.clone(), json!(i))).collect();
+                    keys.insert("id2label".into(), to.into());
+                    keys.insert("label2id".into(), back.into());
+                }
+                let class = if self.config.family == "bert" { "Bert" } else { "Roberta" };
+                keys.insert("architectures".into(), json!([format!("{class}ForSequenceClassification")]));
+            }
+            keys.extend(options.config.clone());
+        }
+        serde_json::to_string_pretty(&raw).map_err(|e| Error::Input(e.to_string()))
+    }
+
+    fn write_weights(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
+        let entries = self.entries(options)?;
+        let size = |e: &safetensors::Entry<'_>| (e.shape.iter().product::<usize>() * e.dtype.size_in_bytes()) as u64;
+        let mut shards: Vec<Vec<safetensors::Entry<'static>>> = vec![Vec::new()];
+        let mut filled = 0u64;
+        for entry in entries {
+            let bytes = size(&entry);
+            if filled > 0 && filled + bytes > options.shard_bytes {
+                shards.push(Vec::new());
+                filled = 0;
+            }
+            filled += bytes;
+            if let Some(shard) = shards.last_mut() {
+                shard.push(entry);
+            }
+        }
+        let files = shards.len();
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let mut written = Exported { tensors: 0, files, bytes: 0 };
+        let mut map = serde_json::Map::new();
+        let mut total = 0u64;
+        for (i, shard) in shards.into_iter().enumerate() {
+            let name = if files == 1 {
+                "model.safetensors".to_owned()
+            } else {
+                format!("model-{:05}-of-{files:05}.safetensors", i + 1)
+            };
+            for entry in &shard {
+                map.insert(entry.name.clone(), name.clone().into());
+                total += size(entry);
+            }
+            written.tensors += shard.len();
+            written.bytes += safetensors::write(&folder.join(&name), shard, &metadata)?;
+        }
+        if files > 1 {
+            let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+            atomic::write(&folder.join("model.safetensors.index.json"), |out| writeln!(out, "{index:#}"))?;
+        }
+        Ok(written)
+    }
+
+    /// All tensors of the file in model order; a quantised matrix is made dense only when it is written.
+    fn entries(&mut self, options: &ExportOptions) -> Result<Vec<safetensors::Entry<'static>>> {
+        let dtype = options.dtype.unwrap_or(self.dtype());
+        let tied_head = (self.config.tied && options.untie).then(|| self.config.names.head.to_owned());
+        let table_path = format!("{}.{}", self.config.names.base, self.config.names.embed);
+        let mut entries = Vec::new();
+        let small = |name: String, tensor: &Tensor| {
+            let tensor = tensor.clone();
+            let shape = tensor.dims().to_vec();
+            safetensors::Entry { name, dtype, shape, values: Box::new(move || Ok(tensor)) }
+        };
+        let mut head = None;
+        self.walk(&mut |module| {
+            let path = module.path().to_owned();
+            match module {
+                ModuleMut::Linear(linear) => {
+                    let base = linear.base().clone();
+                    let turned = linear.transposed_on_disk();
+                    let (d_out, d_in) = (base.d_out(), base.d_in());
+                    let shape = if turned { vec![d_in, d_out] } else { vec![d_out, d_in] };
+                    let values = Box::new(move || {
+                        let weight = base.dequantize(dtype)?;
+                        Ok(if turned { weight.t()?.contiguous()? } else { weight })
+                    });
+                    entries.push(safetensors::Entry { name: format!("{path}.weight"), dtype, shape, values });
+                    if let Some(bias) = linear.bias() {
+                        entries.push(small(format!("{path}.bias"), bias.frozen()));
+                    }
+                }
+                ModuleMut::Norm(norm) => {
+                    entries.push(small(format!("{path}.weight"), norm.weight().frozen()));
+                    if let Some(bias) = norm.bias() {
+                        entries.push(small(format!("{path}.bias"), bias.frozen()));
+                    }
+                }
+                ModuleMut::Embedding(embedding) => {
+                    let table = embedding.weight().frozen();
+                    if path == table_path {
+                        head = Some(table.clone());
+                    }
+                    entries.push(small(format!("{path}.weight"), table));
+                }
+            }
+            Ok(())
+        })?;
+        if let Some(name) = tied_head {
+            let table = self.provenance.original_head(&table_path)?.or(head);
+            if let Some(table) = table {
+                entries.push(small(format!("{name}.weight"), &table));
+            }
+        }
+        Ok(entries)
+    }
+}

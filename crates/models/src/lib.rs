@@ -1,0 +1,30 @@
+//! Base models: one transformer made of switches, read from Hugging Face folders and GGUF files.
+//!
+//! [`config::ModelConfig`] holds the switches; `config/families.rs` translates each `config.json`; `source/` hands out the
+//! weights; [`Model`] runs whole or block by block, with adapters in the places that
+//! [`espalier_adapters::Host`] exposes. No file here names a method.
+
+mod attention;
+mod block;
+mod builder;
+pub mod cache;
+pub mod config;
+pub mod context;
+pub mod error;
+pub mod export;
+mod head;
+#[cfg(feature = "hub")]
+pub mod hub;
+pub mod input;
+mod load;
+pub mod seedling;
+pub mod source;
+mod transformer;
+
+pub use cache::KvCache;
+pub use config::ModelConfig;
+pub use error::{Error, Result};
+pub use input::TokenBatch;
+pub use load::Provenance;
+pub use source::{LoadOptions, Quantization};
+pub use transformer::Model;

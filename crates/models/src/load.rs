@@ -1,0 +1,138 @@
+//! Loading: a model folder, a GGUF file, or new random weights, each checked to use every tensor exactly once.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use espalier_adapters::Error as AdapterError;
+
+use crate::config::{HeadSpec, ModelConfig};
+use crate::source::folder::{FolderSource, WeightFiles};
+use crate::source::random::RandomSource;
+use crate::source::{LoadOptions, WeightSource, gguf};
+use crate::transformer::Model;
+use crate::{Error, Result};
+
+/// Where a model's weights came from.
+#[derive(Debug, Clone)]
+pub struct Provenance {
+    origin: Origin,
+    hash: Arc<OnceLock<String>>,
+}
+
+#[derive(Debug, Clone)]
+enum Origin {
+    Folder(Arc<WeightFiles>),
+    Gguf(PathBuf),
+    Random(String),
+}
+
+impl Provenance {
+    fn new(origin: Origin) -> Self {
+        Self { origin, hash: Arc::new(OnceLock::new()) }
+    }
+
+    /// The folder or file, if there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.origin {
+            Origin::Folder(files) => Some(files.folder()),
+            Origin::Gguf(path) => Some(path),
+            Origin::Random(_) => None,
+        }
+    }
+
+    /// The token table as it is in the files: the head of a tied model whose table was changed alone.
+    pub(crate) fn original_head(&self, table: &str) -> Result<Option<candle_core::Tensor>> {
+        let Origin::Folder(files) = &self.origin else { return Ok(None) };
+        let name = format!("{table}.weight");
+        let bare = name.split_once('.').map_or(name.as_str(), |(_, rest)| rest);
+        for candidate in [name.as_str(), bare] {
+            if let Some(file) = files.file_of(candidate) {
+                return Ok(Some(file.load(candidate, &candle_core::Device::Cpu)?));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Content hash of the weights as they were loaded, computed once.
+    ///
+    /// # Errors
+    /// If the files cannot be read any more.
+    pub fn hash(&self) -> espalier_adapters::Result<String> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash.clone());
+        }
+        let hash = match &self.origin {
+            Origin::Folder(files) => files.hash().map_err(|e| AdapterError::format(files.folder(), e.to_string()))?,
+            Origin::Gguf(path) => gguf::hash(path).map_err(|e| AdapterError::format(path, e.to_string()))?,
+            Origin::Random(hash) => hash.clone(),
+        };
+        Ok(self.hash.get_or_init(|| hash).clone())
+    }
+}
+
+impl Model {
+    /// Loads a Hugging Face model folder or a `.gguf` file.
+    ///
+    /// # Errors
+    /// If the architecture is not supported, a file is malformed, or tensors and architecture do not match one to one.
+    pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
+        if path.is_file() && path.extension().is_some_and(|e| e == "gguf") {
+            let (config, mut source) = gguf::open(path)?;
+            let model = Self::build(config, &mut source, options, Provenance::new(Origin::Gguf(path.to_owned())))?;
+            check_used(&source, &model.config)?;
+            return Ok(model);
+        }
+        if !path.is_dir() {
+            return Err(Error::NotAModel { path: path.to_owned(), message: "no such model folder".into() });
+        }
+        let config = ModelConfig::read(path)?;
+        let files = WeightFiles::open(path)?;
+        let mut source = FolderSource::new(files.clone(), config.names.base);
+        let model = Self::build(config, &mut source, options, Provenance::new(Origin::Folder(files)))?;
+        check_used(&source, &model.config)?;
+        Ok(model)
+    }
+
+    /// New random weights for an architecture (pre-training), from `options.seed`.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub fn random(config: ModelConfig, options: &LoadOptions) -> Result<Self> {
+        let name = format!("random:{}:{}", options.seed, config.raw);
+        let mut source = RandomSource::new(&config, options.seed);
+        Self::build(config, &mut source, options, Provenance::new(Origin::Random(name)))
+    }
+
+    /// Where the weights came from.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+}
+
+/// Every tensor of the source used, every one the architecture needs there.
+fn check_used(source: &dyn WeightSource, config: &ModelConfig) -> Result<()> {
+    let classifier = config.head != HeadSpec::Causal;
+    // Heads of another task, which a classifier built on the same body leaves aside; and a tied head stored twice.
+    let aside = |name: &String| {
+        (classifier && ["cls.", "lm_head.", "qa_outputs."].iter().any(|p| name.starts_with(p)))
+            || (classifier && name.ends_with("pooler.dense.weight"))
+            || (classifier && name.ends_with("pooler.dense.bias"))
+            || (config.tied && name == "lm_head.weight")
+            || (classifier && name.starts_with(config.names.head))
+    };
+    let unused: Vec<String> = source.unused().into_iter().filter(|n| !aside(n)).collect();
+    if source.missing().is_empty() && unused.is_empty() {
+        return Ok(());
+    }
+    let list = |names: &[String]| match names.len() {
+        0 => "0".to_owned(),
+        n if n <= 6 => format!("{n} ({})", names.join(", ")),
+        n => format!("{n} ({}, ...)", names[..6].join(", ")),
+    };
+    Err(Error::Weights {
+        path: source.path().to_owned(),
+        family: config.family.clone(),
+        missing: list(source.missing()),
+        unused: list(&unused),
+    })
+}

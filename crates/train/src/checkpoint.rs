@@ -1,0 +1,190 @@
+//! Checkpoints: everything a run needs to go on to the same bits.
+//!
+//! A checkpoint is a folder `step-NNNNNN` with the trained parameters, the optimiser's moments and a small JSON state. All
+//! random numbers and batches are functions of (seed, step), so no generator state is stored. The folder appears whole
+//! or not at all.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use espalier_adapters::ParameterMap;
+use espalier_adapters::formats::{atomic, safetensors};
+use serde::{Deserialize, Serialize};
+
+use crate::dynamics::adamw::AdamW;
+use crate::{Error, Result};
+
+const PARAMETERS: &str = "parameters.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+
+/// Where a run stands after a step.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Steps taken.
+    pub step: usize,
+    /// Epoch of the next batch.
+    pub epoch: u64,
+    /// Next batch of the epoch.
+    pub batch: usize,
+    /// Tokens seen, padding aside.
+    pub tokens: u64,
+    /// Tokens or rows that had a target.
+    pub trained_tokens: u64,
+    /// Seconds of training so far.
+    pub elapsed_s: f64,
+    /// Best evaluation so far.
+    pub best: Option<Best>,
+    /// Evaluations since the best.
+    pub since_best: usize,
+    /// What the run is made of: its recipe, its data's key and its base's hash.
+    pub identity: Identity,
+}
+
+/// The best evaluation of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Its step.
+    pub step: usize,
+    /// Its loss.
+    pub loss: f64,
+}
+
+/// What a run is made of; resuming checks it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Resolved recipe, one value a key.
+    pub recipe: BTreeMap<String, String>,
+    /// Content key of the data.
+    pub data: String,
+    /// Content hash of the base.
+    pub base: String,
+}
+
+/// Keys that may differ when a run goes on, because they do not change what is computed.
+const FREE: &[&str] =
+    &["out", "save_every", "keep_checkpoints", "cache_dir", "tags", "checkpointing", "device", "allow_base"];
+
+impl Identity {
+    /// Differences that would change what is computed, one line each.
+    pub fn changes(&self, now: &Self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (key, old) in &self.recipe {
+            let new = now.recipe.get(key).map_or("(absent)", String::as_str);
+            if old != new && !FREE.contains(&key.as_str()) {
+                lines.push(format!("  recipe {key}: was {old}, now {new}"));
+            }
+        }
+        for (key, new) in now.recipe.iter().filter(|(k, _)| !self.recipe.contains_key(*k)) {
+            lines.push(format!("  recipe {key}: was (absent), now {new}"));
+        }
+        for (what, old, new) in [("data", &self.data, &now.data), ("base model", &self.base, &now.base)] {
+            if old != new {
+                lines.push(format!("  {what}: content was {old}, now {new}"));
+            }
+        }
+        lines
+    }
+}
+
+/// Name of the folder of a step.
+pub fn folder_name(step: usize) -> String {
+    format!("step-{step:06}")
+}
+
+/// Checkpoints under `folder`, by rising step. Folders that are not whole (left by a kill) are passed over.
+pub fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
+    let mut found: Vec<(usize, PathBuf)> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let step = entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
+            entry.path().join(STATE).is_file().then(|| (step, entry.path()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Writes a checkpoint under `folder`; gives its path.
+///
+/// # Errors
+/// If it cannot be written; earlier checkpoints are whole then.
+pub fn save(folder: &Path, state: &State, parameters: &ParameterMap, optimizer: &AdamW) -> Result<PathBuf> {
+    let path = folder.join(folder_name(state.step));
+    atomic::replace_folder(&path, |temp| -> Result<()> {
+        let entries = parameters.trainable().map(|p| safetensors::Entry::of(p.name.clone(), &p.tensor.detach())).collect();
+        safetensors::write(&temp.join(PARAMETERS), entries, &BTreeMap::new())?;
+        let entries = optimizer.state().iter().map(|(n, t)| safetensors::Entry::of(n.clone(), t)).collect();
+        safetensors::write(&temp.join(OPTIMIZER), entries, &BTreeMap::new())?;
+        let json = serde_json::to_string_pretty(state).map_err(|e| Error::run(&path, e.to_string()))?;
+        atomic::write(&temp.join(STATE), |out| writeln!(out, "{json}"))?;
+        Ok(())
+    })?;
+    Ok(path)
+}
+
+/// Reads the state of a checkpoint.
+///
+/// # Errors
+/// If it is missing or malformed.
+pub fn read_state(path: &Path) -> Result<State> {
+    let file = path.join(STATE);
+    let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+    serde_json::from_str(&text).map_err(|e| Error::run(file, e.to_string()))
+}
+
+/// Puts the trained parameters of a checkpoint into the variables.
+///
+/// # Errors
+/// If a tensor is missing, left over, or has another shape.
+pub fn restore_parameters(path: &Path, parameters: &ParameterMap) -> Result<()> {
+    let file = path.join(PARAMETERS);
+    let mut tensors = safetensors::MappedFile::open(&file)?.load_all(&Device::Cpu)?;
+    for parameter in parameters.trainable() {
+        let saved = tensors
+            .remove(&parameter.name)
+            .ok_or_else(|| Error::run(&file, format!("`{}` is missing", parameter.name)))?;
+        if saved.shape() != parameter.tensor.shape() {
+            let (found, wanted) = (saved.shape().clone(), parameter.tensor.shape().clone());
+            return Err(Error::run(&file, format!("`{}` has shape {found:?}, wanted {wanted:?}", parameter.name)));
+        }
+        let saved = saved.to_dtype(parameter.tensor.dtype())?.to_device(parameter.tensor.device())?;
+        parameter.var()?.set(&saved)?;
+    }
+    match tensors.into_keys().next() {
+        Some(name) => Err(Error::run(file, format!("`{name}` belongs to no parameter of this run"))),
+        None => Ok(()),
+    }
+}
+
+/// Puts a whole checkpoint back: parameters, moments, state.
+///
+/// # Errors
+/// If a file is missing, malformed, or does not fit this run.
+pub fn restore(path: &Path, parameters: &ParameterMap, optimizer: &mut AdamW) -> Result<State> {
+    let state = read_state(path)?;
+    restore_parameters(path, parameters)?;
+    let moments: BTreeMap<String, Tensor> =
+        safetensors::MappedFile::open(&path.join(OPTIMIZER))?.load_all(&Device::Cpu)?;
+    let moments = moments.into_iter().map(|(n, t)| Ok((n, t.to_dtype(DType::F32)?))).collect::<Result<_>>()?;
+    optimizer.restore(moments, state.step)?;
+    Ok(state)
+}
+
+/// Removes old checkpoints, keeping the newest `keep` and the one of step `best`.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn prune(folder: &Path, keep: usize, best: Option<usize>) -> Result<()> {
+    let all = list(folder);
+    let old = all.len().saturating_sub(keep.max(1));
+    for (step, path) in all.into_iter().take(old) {
+        if Some(step) != best {
+            std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
+}

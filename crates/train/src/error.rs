@@ -1,0 +1,105 @@
+//! What can go wrong in training, each naming the file, key or step, with a hint where one helps.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Errors of training.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// An adapter or its files.
+    #[error(transparent)]
+    Adapter(#[from] espalier_adapters::Error),
+    /// The base model.
+    #[error(transparent)]
+    Model(#[from] espalier_models::Error),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] espalier_data::DataError),
+    /// Generation or evaluation.
+    #[error(transparent)]
+    Infer(#[from] espalier_infer::Error),
+    /// A file of the run folder.
+    #[error(transparent)]
+    RunFile(#[from] crate::run::RunError),
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A recipe is not valid.
+    #[error("{place}: {message}")]
+    Recipe {
+        /// File and line, or the key.
+        place: String,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// A run folder or checkpoint is not valid.
+    #[error("{}: {message}", path.display())]
+    Run {
+        /// The folder or file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// A run cannot continue because what it was made of has changed.
+    #[error("{}: cannot resume, because what the run was made of has changed:\n{}", path.display(), changes.join("\n"))]
+    Changed {
+        /// The run folder.
+        path: PathBuf,
+        /// One line for each difference.
+        changes: Vec<String>,
+    },
+    /// The loss or a gradient is not a number.
+    #[error("step {step}: {what} is {value}; stopped before the update, last good checkpoint: {checkpoint}")]
+    NotFinite {
+        /// Step, from 1.
+        step: usize,
+        /// Loss or gradient norm.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// The checkpoint, or "none".
+        checkpoint: String,
+    },
+}
+
+impl Error {
+    /// A file could not be read or written.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    /// A recipe key has a wrong value.
+    pub fn recipe(place: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Recipe { place: place.into(), message: message.into() }
+    }
+
+    /// A run folder is not valid.
+    pub fn run(path: impl Into<PathBuf>, message: impl Into<String>) -> Self {
+        Self::Run { path: path.into(), message: message.into() }
+    }
+
+    /// What the user can do about it, if there is something beyond the message.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Adapter(e) => e.hint(),
+            Self::Model(e) => e.hint(),
+            Self::NotFinite { .. } => Some(
+                "lower the learning rate, set max_grad_norm, or train in f32; then go on with `espalier train --resume DIR`"
+                    .into(),
+            ),
+            Self::Changed { .. } => Some("start a new run folder, or put the old values back".into()),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The `[adapter]` table: the method's own settings beside those of placement.
+
+use espalier_adapters::AdapterConfig;
+use espalier_adapters::config::unknown_value;
+use espalier_adapters::parametrisation::{METHODS, MethodConfig};
+use espalier_adapters::target::TargetSpec;
+use serde::de::DeserializeOwned;
+use toml::{Table, Value};
+
+use crate::{Error, Result};
+
+/// A key of the `[adapter]` table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterKey {
+    /// Name in the table.
+    pub name: String,
+    /// What it does, or which methods have it.
+    pub doc: String,
+}
+
+/// Keys of placement, which every method has.
+pub const ADAPTER_KEYS: &[(&str, &str)] = &[
+    ("method", "Method of the adapter."),
+    ("target_modules", "Modules to adapt: all-linear, a list of path endings, or a regular expression on the whole path."),
+    ("exclude_modules", "Modules to leave alone: a list of path endings, or a regular expression."),
+    ("layers_to_transform", "Only these layers: an index or a list."),
+    ("layers_pattern", "Name of the module list that the indices count."),
+    ("rank_pattern", "Ranks of single modules: { ending or regular expression = rank }."),
+    ("alpha_pattern", "Alphas of single modules: { ending or regular expression = alpha }."),
+    ("bias", "Biases trained beside the adapter: none, all, lora_only."),
+    ("modules_to_save", "Modules trained and saved whole beside the adapter: a list of path endings."),
+    ("trainable_tokens", "Token rows trained beside the adapter: a list of ids, or { module = ids }."),
+    ("tie_weights", "Whether a trained input embedding stays tied to the output head where the base ties them."),
+];
+
+fn method_fields(method: &MethodConfig) -> Result<Table> {
+    match Value::try_from(method) {
+        Ok(Value::Table(table)) => Ok(table),
+        Ok(_) => Err(Error::recipe("adapter", "a method must be a table")),
+        Err(e) => Err(Error::recipe("adapter", e.to_string())),
+    }
+}
+
+/// All keys of the `[adapter]` table: placement, then the methods' own settings.
+pub fn adapter_keys() -> Vec<AdapterKey> {
+    let mut keys: Vec<AdapterKey> =
+        ADAPTER_KEYS.iter().map(|(name, doc)| AdapterKey { name: (*name).into(), doc: (*doc).into() }).collect();
+    let mut own: Vec<(String, Vec<&str>, String)> = Vec::new();
+    for name in METHODS {
+        let fields = MethodConfig::by_name(name).ok().and_then(|m| method_fields(&m).ok()).unwrap_or_default();
+        for (field, default) in fields.into_iter().filter(|(field, _)| field != "method") {
+            match own.iter_mut().find(|(known, ..)| *known == field) {
+                Some((_, methods, _)) => methods.push(name),
+                None => own.push((field, vec![name], default.to_string())),
+            }
+        }
+    }
+    keys.extend(own.into_iter().map(|(name, methods, default)| AdapterKey {
+        doc: format!("Setting of {} [default: {default}].", methods.join(", ")),
+        name,
+    }));
+    keys
+}
+
+fn take<T: DeserializeOwned>(table: &mut Table, key: &str) -> Result<Option<T>> {
+    table
+        .remove(key)
+        .map(|v| {
+            v.clone().try_into().map_err(|e: toml::de::Error| {
+                Error::recipe(format!("adapter.{key}"), format!("{v} is not valid: {}", e.message()))
+            })
+        })
+        .transpose()
+}
+
+/// Reads the table.
+pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
+    let mut table = table.clone();
+    let name: String = take(&mut table, "method")?.unwrap_or_else(|| "lora".into());
+    let default = MethodConfig::by_name(&name).map_err(|e| match e {
+        espalier_adapters::Error::Config { message, .. } => Error::recipe("adapter.method", message),
+        other => other.into(),
+    })?;
+    let mut fields = method_fields(&default)?;
+    let own: Vec<String> = fields.keys().filter(|k| *k != "method").cloned().collect();
+    for key in own {
+        if let Some(value) = table.remove(&key) {
+            // A whole number serves where a float is wanted.
+            let value = match (&fields[&key], value) {
+                (Value::Float(_), Value::Integer(n)) => Value::Float(n as f64),
+                (_, value) => value,
+            };
+            fields.insert(key, value);
+        }
+    }
+    let method: MethodConfig = Value::Table(fields)
+        .try_into()
+        .map_err(|e: toml::de::Error| Error::recipe("adapter", e.message().to_owned()))?;
+    let mut targets = Table::new();
+    for key in
+        ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"]
+    {
+        if let Some(value) = table.remove(key) {
+            targets.insert(key.into(), value);
+        }
+    }
+    let targets: TargetSpec = Value::Table(targets)
+        .try_into()
+        .map_err(|e: toml::de::Error| Error::recipe("adapter", format!("placement: {}", e.message())))?;
+    let config = AdapterConfig {
+        targets,
+        bias: take(&mut table, "bias")?.unwrap_or_default(),
+        modules_to_save: take(&mut table, "modules_to_save")?.unwrap_or_default(),
+        trainable_tokens: take(&mut table, "trainable_tokens")?,
+        tie_weights: take(&mut table, "tie_weights")?.unwrap_or(true),
+        ..AdapterConfig::new(method)
+    };
+    if let Some(key) = table.keys().next() {
+        let names: Vec<String> = adapter_keys().into_iter().map(|k| k.name).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let message = if names.contains(&key.as_str()) {
+            format!("`{key}` is no setting of method `{name}`")
+        } else {
+            unknown_value(key, &names)
+        };
+        return Err(Error::recipe(format!("adapter.{key}"), message));
+    }
+    Ok(config)
+}

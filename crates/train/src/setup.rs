@@ -1,0 +1,338 @@
+//! From a recipe to everything a run needs: device, model, tokenizer, data, adapter.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use espalier_adapters::attach::{Attached, Origin, attach};
+use espalier_adapters::config::TaskType;
+use espalier_adapters::formats::folder;
+use espalier_adapters::{AdapterConfig, Host};
+use espalier_data::{
+    BatchOptions, Batcher, DataOptions, EncodeOptions, Mixture, Packing, Part, Report, Source, SplitSize, TextCodec,
+    TextUnit, TokenStore, Truncation, split,
+};
+use espalier_models::{LoadOptions, Model, ModelConfig, Quantization};
+
+use crate::objective::{Objective, causal::Causal, classification::Classification};
+use crate::recipe::Recipe;
+use crate::recipe::values::DataList;
+use crate::{Error, Result};
+
+/// The device a recipe names.
+///
+/// # Errors
+/// If it is unknown, or CUDA is asked for where there is none.
+pub fn device(name: &str) -> Result<Device> {
+    match name {
+        "auto" => Ok(Device::cuda_if_available(0)?),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::new_cuda(0)?),
+        other => match other.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
+            Some(index) => Ok(Device::new_cuda(index)?),
+            None => Err(Error::recipe("device", format!("`{other}` is not auto, cpu or cuda:N"))),
+        },
+    }
+}
+
+/// The dtype a recipe names, on a device.
+///
+/// # Errors
+/// If it is unknown.
+pub fn dtype(name: &str, device: &Device) -> Result<DType> {
+    match name {
+        "auto" => Ok(if device.is_cuda() { DType::BF16 } else { DType::F32 }),
+        "f32" => Ok(DType::F32),
+        "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
+        other => Err(Error::recipe("dtype", espalier_adapters::config::unknown_value(other, &["auto", "f32", "bf16", "f16"]))),
+    }
+}
+
+/// The quantisation a recipe names.
+///
+/// # Errors
+/// If it is unknown.
+pub fn quantization(name: &str) -> Result<Option<Quantization>> {
+    Ok(match name {
+        "none" => None,
+        "nf4" => Some(Quantization::Nf4 { double: false }),
+        "nf4-double" => Some(Quantization::Nf4 { double: true }),
+        "int8" => Some(Quantization::Int8),
+        other => {
+            let known = ["none", "nf4", "nf4-double", "int8"];
+            return Err(Error::recipe("quantization", espalier_adapters::config::unknown_value(other, &known)));
+        }
+    })
+}
+
+/// The local path of a model: as given, the embedded seedling for an empty name, or a hub id's local copy.
+///
+/// # Errors
+/// If there is no such model.
+pub fn model_path(name: &str, revision: Option<&str>) -> Result<PathBuf> {
+    if name.is_empty() || name == espalier_models::seedling::NAME {
+        return Ok(espalier_models::seedling::folder()?);
+    }
+    let path = PathBuf::from(name);
+    if path.exists() {
+        return Ok(path);
+    }
+    hub(name, revision, path)
+}
+
+#[cfg(feature = "hub")]
+fn hub(name: &str, revision: Option<&str>, path: PathBuf) -> Result<PathBuf> {
+    if espalier_models::hub::is_hub_id(name) {
+        return Ok(espalier_models::hub::fetch(name, revision)?);
+    }
+    Err(espalier_models::Error::NotAModel { path, message: "no such folder or file".into() }.into())
+}
+
+#[cfg(not(feature = "hub"))]
+fn hub(_name: &str, _revision: Option<&str>, path: PathBuf) -> Result<PathBuf> {
+    let message = "no such folder or file (this build cannot download from the hub)".into();
+    Err(espalier_models::Error::NotAModel { path, message }.into())
+}
+
+/// How a recipe wants a model loaded.
+///
+/// # Errors
+/// If device, dtype or quantisation are not valid.
+pub fn load_options(recipe: &Recipe) -> Result<LoadOptions> {
+    let device = device(&recipe.device)?;
+    Ok(LoadOptions {
+        dtype: dtype(&recipe.dtype, &device)?,
+        device,
+        quantization: quantization(&recipe.quantization)?,
+        labels: recipe.labels,
+        seed: recipe.seed,
+    })
+}
+
+/// Loads the recipe's model.
+///
+/// # Errors
+/// If the model cannot be found or read.
+pub fn model(recipe: &Recipe) -> Result<Model> {
+    let path = model_path(&recipe.model, recipe.revision.as_deref())?;
+    Ok(Model::load(&path, &load_options(recipe)?)?)
+}
+
+/// The tokenizer that belongs to a model at `path`, from its folder or from the folder named apart; a codec for token ids
+/// alone where there is neither.
+///
+/// # Errors
+/// If a tokenizer is there but malformed, or knows more tokens than the model.
+pub fn codec(path: &Path, apart: Option<&str>, config: &ModelConfig) -> Result<TextCodec> {
+    let folder = apart.map_or_else(|| path.to_owned(), PathBuf::from);
+    let present = ["tokenizer.json", "vocab.json"].iter().any(|f| folder.join(f).is_file());
+    if !present && apart.is_none() {
+        return Ok(TextCodec::ids_only(config.vocab));
+    }
+    let codec = TextCodec::from_folder(&folder)?;
+    if codec.vocab_size() > config.vocab {
+        return Err(Error::recipe(
+            "tokenizer",
+            format!(
+                "{}: the tokenizer knows {} tokens, the model {}; it belongs to another model",
+                folder.display(),
+                codec.vocab_size(),
+                config.vocab
+            ),
+        ));
+    }
+    Ok(codec.with_vocab_size(config.vocab))
+}
+
+/// The data of a run, tokenised.
+#[derive(Debug)]
+pub struct Data {
+    /// Training batches.
+    pub train: Batcher,
+    /// Evaluation batches.
+    pub eval: Option<Batcher>,
+    /// What became of the training rows, by source.
+    pub reports: Vec<(String, Report)>,
+    /// What became of the evaluation rows.
+    pub eval_reports: Vec<(String, Report)>,
+    /// Content key of all of it.
+    pub key: String,
+    /// The training stores, for a look at single rows.
+    pub stores: Vec<Arc<TokenStore>>,
+}
+
+fn data_options(recipe: &Recipe) -> DataOptions {
+    DataOptions {
+        text_column: recipe.text_column.clone(),
+        prompt_column: recipe.prompt_column.clone(),
+        completion_column: recipe.completion_column.clone(),
+        label_column: recipe.label_column.clone(),
+        text_unit: match recipe.text_unit.as_str() {
+            "paragraph" => TextUnit::Paragraph,
+            "file" => TextUnit::File,
+            _ => TextUnit::Line,
+        },
+        skip_bad_rows: recipe.skip_bad_rows,
+        limit: (recipe.limit_rows > 0).then_some(recipe.limit_rows),
+        ..DataOptions::default()
+    }
+}
+
+/// Longest row a run may use.
+pub fn max_length(recipe: &Recipe, config: &ModelConfig) -> usize {
+    match recipe.max_length {
+        0 => config.max_positions,
+        given => given.min(config.max_positions),
+    }
+}
+
+/// The codec with the recipe's way of encoding rows.
+pub fn encoding(recipe: &Recipe, codec: TextCodec, config: &ModelConfig) -> TextCodec {
+    let label_names = config.label_names();
+    codec.with_options(EncodeOptions {
+        max_length: Some(max_length(recipe, config)),
+        completion_only: recipe.completion_only,
+        truncation: if recipe.truncation == "drop" { Truncation::Drop } else { Truncation::Right },
+        label_names,
+        ..EncodeOptions::default()
+    })
+}
+
+type Stores = (Vec<Arc<TokenStore>>, Vec<(String, Report)>, Vec<String>);
+
+fn stores(recipe: &Recipe, list: &DataList, codec: &TextCodec) -> Result<Stores> {
+    let options = data_options(recipe);
+    let cache = recipe.cache_dir.as_ref().map(PathBuf::from);
+    let mut out: Stores = Default::default();
+    for source in &list.0 {
+        let opened = Source::open(&source.path, options.clone())?;
+        let store = TokenStore::build(&opened, codec, cache.as_deref())?;
+        out.1.push((source.path.clone(), store.report().clone()));
+        out.2.push(store.key().to_owned());
+        out.0.push(Arc::new(store));
+    }
+    Ok(out)
+}
+
+/// Reads and tokenises a recipe's data.
+///
+/// # Errors
+/// If there is none, a file cannot be read, or a row is bad and bad rows are not to be skipped.
+pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<Data> {
+    if recipe.data.0.is_empty() {
+        return Err(Error::recipe("data", "no training data given"));
+    }
+    let (all, reports, mut keys) = stores(recipe, &recipe.data, codec)?;
+    for (store, source) in all.iter().zip(&recipe.data.0) {
+        if store.is_empty() {
+            return Err(Error::recipe("data", format!("{}: no row of it can be used", source.path)));
+        }
+    }
+    let pad_id = codec.pad_id();
+    let options = BatchOptions {
+        batch_size: recipe.batch_size,
+        shuffle: recipe.shuffle,
+        seed: recipe.seed,
+        packing: if recipe.packing { Packing::BestFit } else { Packing::Off },
+        max_length: Some(max_length(recipe, config)),
+        pad_id,
+        ..BatchOptions::default()
+    };
+    let eval_rows = if recipe.eval_batch_size == 0 { recipe.batch_size } else { recipe.eval_batch_size };
+    let eval_options = BatchOptions { batch_size: eval_rows, shuffle: false, packing: Packing::Off, ..options.clone() };
+    let weighted = recipe.data.0.iter().any(|s| s.weight.is_some());
+    let mut train_parts = Vec::new();
+    let mut eval_parts = Vec::new();
+    for (store, source) in all.iter().zip(&recipe.data.0) {
+        let mut part = Part::new(store.clone());
+        if recipe.validation_split > 0.0 {
+            let size = if recipe.validation_split < 1.0 {
+                SplitSize::Fraction(recipe.validation_split)
+            } else {
+                SplitSize::Count(recipe.validation_split as usize)
+            };
+            let (kept, held) = split(store.len(), size, recipe.seed)?;
+            part = part.subset(kept);
+            eval_parts.push(Part::new(store.clone()).subset(held));
+        }
+        let rows = part.len() as f64;
+        train_parts.push(part.weight(if weighted { source.weight.unwrap_or(1.0) } else { rows }));
+    }
+    let train = Batcher::new(Mixture::new(train_parts, None)?, options)?;
+    let (eval_stores, eval_reports, eval_keys) = stores(recipe, &recipe.eval_data, codec)?;
+    keys.extend(eval_keys);
+    eval_parts.extend(eval_stores.into_iter().map(Part::new));
+    let eval_parts: Vec<Part> = eval_parts
+        .into_iter()
+        .map(|p| {
+            let rows = p.len() as f64;
+            p.weight(rows)
+        })
+        .filter(|p| !p.is_empty())
+        .collect();
+    let eval = if eval_parts.is_empty() {
+        None
+    } else {
+        Some(Batcher::new(Mixture::new(eval_parts, None)?, eval_options)?)
+    };
+    let key = espalier_adapters::formats::hash::of_parts(keys.iter().map(String::as_bytes));
+    Ok(Data { train, eval, reports, eval_reports, key, stores: all })
+}
+
+/// The adapter of a recipe on a model: a saved one to go on from, or a new one.
+///
+/// # Errors
+/// If a target matches nothing, or a saved adapter does not fit.
+pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
+    let device = model.device().clone();
+    if let Some(path) = &recipe.init_adapter {
+        if !recipe.adapter.is_empty() {
+            return Err(Error::recipe("init_adapter", "the saved adapter brings its own settings; drop those of [adapter]"));
+        }
+        let files = folder::read(Path::new(path))?;
+        return Ok(folder::load(model, files, recipe.allow_base, DType::F32, &device)?);
+    }
+    let mut config = recipe.adapter_config()?;
+    config.base = Some(base_name(recipe, model));
+    config.task = Some(if model.config().labels().is_some() { TaskType::SequenceClassification } else { TaskType::CausalLm });
+    if model.config().labels().is_some() && config.modules_to_save.is_empty() {
+        config.modules_to_save = model.head_paths();
+    }
+    Ok(attach(model, &config, Origin::Seed(recipe.seed), DType::F32, &device)?)
+}
+
+/// All dense weights of a model, to train it whole.
+///
+/// # Errors
+/// If the walk fails.
+pub fn whole_model(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
+    let device = model.device().clone();
+    let method = espalier_adapters::MethodConfig::by_name("full")?;
+    let base = model.config().names.base.to_owned();
+    let mut whole = vec![base];
+    if !model.config().tied {
+        whole.extend(model.head_paths());
+    }
+    let config = AdapterConfig { modules_to_save: whole, ..AdapterConfig::new(method) };
+    Ok(attach(model, &config, Origin::Seed(recipe.seed), DType::F32, &device)?)
+}
+
+fn base_name(recipe: &Recipe, model: &Model) -> String {
+    if !recipe.model.is_empty() {
+        return recipe.model.clone();
+    }
+    model.provenance().path().map_or_else(String::new, |p| p.display().to_string())
+}
+
+/// What a model is trained on: labels if it has a classification head, else its next tokens.
+pub fn objective(model: &Model, codec: &TextCodec) -> Box<dyn Objective> {
+    match model.config().labels() {
+        Some(labels) => {
+            let marks_pairs = model.config().token_types.is_some_and(|n| n > 1);
+            let separator = codec.tokenizer().and_then(|t| t.token_to_id("[SEP]")).filter(|_| marks_pairs);
+            Box::new(Classification { labels, separator })
+        }
+        None => Box::new(Causal),
+    }
+}

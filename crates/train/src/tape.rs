@@ -1,0 +1,229 @@
+//! Gradients block by block.
+//!
+//! Each block runs on a leaf of its own, so that its part of the tape can be walked, and dropped, by itself; below the
+//! lowest trained block nothing is recorded. With checkpointing the block's part is not kept at all but made again when
+//! its turn comes. The head runs in chunks of the rows that have a target, so that scores never exist for all of them.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor, TensorId, Var};
+use espalier_adapters::{Flow, ParameterMap};
+use espalier_data::Batch;
+use espalier_kernels::cross_entropy::cross_entropy;
+use espalier_models::{Model, TokenBatch};
+
+use crate::Result;
+use crate::objective::Targets;
+
+/// Scores in memory at once, in values.
+const HEAD_VALUES: usize = 1 << 24;
+
+/// Sums of gradients, in the order of the trainable parameters.
+#[derive(Debug)]
+pub struct Gradients {
+    order: HashMap<TensorId, usize>,
+    tensors: Vec<Tensor>,
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// No gradients yet for the trainable ones among `parameters`.
+    pub fn new(parameters: &ParameterMap) -> Self {
+        let tensors: Vec<Tensor> = parameters.trainable().map(|p| p.tensor.clone()).collect();
+        let order = tensors.iter().enumerate().map(|(i, t)| (t.id(), i)).collect();
+        let sums = vec![None; tensors.len()];
+        Self { order, tensors, sums }
+    }
+
+    /// The sums, in order; None where nothing flowed.
+    pub fn sums(&self) -> &[Option<Tensor>] {
+        &self.sums
+    }
+
+    /// Forgets all sums.
+    pub fn clear(&mut self) {
+        self.sums.iter_mut().for_each(|s| *s = None);
+    }
+
+    /// Adds the gradients of `loss` (a scalar) and gives that of `leaf`.
+    fn add(&mut self, loss: &Tensor, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let mut grads = loss.backward()?;
+        for (id, index) in &self.order {
+            if let Some(gradient) = grads.get_id(*id) {
+                let gradient = gradient.detach();
+                let sum = &mut self.sums[*index];
+                *sum = Some(match sum.take() {
+                    Some(sum) => (sum + gradient)?,
+                    None => gradient,
+                });
+            }
+        }
+        debug_assert_eq!(self.order.len(), self.tensors.len());
+        Ok(leaf.and_then(|leaf| grads.remove(leaf)).map(|g| g.detach()))
+    }
+}
+
+/// The input of a model for a batch of data; with a `separator`, tokens after a row's first one have segment type 1.
+///
+/// # Errors
+/// If the batch is not rectangular.
+pub fn token_batch(batch: &Batch, separator: Option<u32>) -> Result<TokenBatch> {
+    let plain = batch.segments.iter().all(|s| *s == 0);
+    let token_types = separator.map(|separator| {
+        let types = |row: &[u32]| {
+            let first = row.iter().position(|id| *id == separator).unwrap_or(row.len());
+            (0..row.len()).map(move |i| u32::from(i > first)).collect::<Vec<_>>()
+        };
+        batch.ids.chunks(batch.cols.max(1)).flat_map(types).collect()
+    });
+    let input = TokenBatch {
+        batch: batch.rows,
+        length: batch.cols,
+        ids: batch.ids.clone(),
+        positions: batch.positions.clone(),
+        segments: (!plain).then(|| batch.segments.clone()),
+        token_types,
+    };
+    input.check()?;
+    Ok(input)
+}
+
+/// Where recording starts: the first stage that holds or follows a trained parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Embeddings are trained.
+    Embeddings,
+    /// This block is the first trained one; the number of blocks if only the head is.
+    Block(usize),
+}
+
+impl Start {
+    /// The start for a model and the parameters that are trained.
+    pub fn of(model: &Model, parameters: &ParameterMap) -> Self {
+        let mut first = model.blocks();
+        for parameter in parameters.trainable() {
+            if model.is_before_blocks(&parameter.name) {
+                return Self::Embeddings;
+            }
+            if let Some(block) = model.block_of(&parameter.name) {
+                first = first.min(block);
+            }
+        }
+        Self::Block(first)
+    }
+}
+
+/// One pass over a micro-batch: adds `scale` times the gradient of the summed loss, and gives the summed loss.
+///
+/// # Errors
+/// If the batch does not fit the model.
+pub fn accumulate(
+    model: &Model,
+    batch: &Batch,
+    targets: &Targets,
+    flow: &Flow,
+    start: Start,
+    (scale, checkpointing): (f64, bool),
+    gradients: &mut Gradients,
+) -> Result<f64> {
+    let input = token_batch(batch, targets.separator)?;
+    let context = model.context(&input)?;
+    let embedded = model.embed(&input)?;
+    let mut x = embedded.detach();
+    let first = match start {
+        Start::Embeddings => 0,
+        Start::Block(first) => first,
+    };
+    // For each recorded block: its leaf, and its output unless it is made again.
+    let mut saved: Vec<(Var, Option<Tensor>)> = Vec::with_capacity(model.blocks() - first);
+    for i in 0..model.blocks() {
+        if i < first {
+            x = model.block(i, &x, &context, flow, None)?.detach();
+            continue;
+        }
+        let leaf = Var::from_tensor(&x)?;
+        let y = if checkpointing {
+            model.block(i, &x, &context, flow, None)?
+        } else {
+            model.block(i, leaf.as_tensor(), &context, flow, None)?
+        };
+        x = y.detach();
+        saved.push((leaf, (!checkpointing).then_some(y)));
+    }
+    let needs_blocks = !saved.is_empty() || start == Start::Embeddings;
+    let (loss, mut dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
+    for (i, (leaf, output)) in saved.into_iter().enumerate().rev() {
+        let Some(upstream) = dx else { break };
+        let y = match output {
+            Some(y) => y,
+            None => model.block(first + i, leaf.as_tensor(), &context, flow, None)?,
+        };
+        dx = gradients.add(&(y * upstream)?.sum_all()?, Some(leaf.as_tensor()))?;
+    }
+    if let (Start::Embeddings, Some(upstream)) = (start, dx) {
+        gradients.add(&(embedded * upstream)?.sum_all()?, None)?;
+    }
+    Ok(loss)
+}
+
+/// The head on the rows with a target, in chunks: summed loss, and the gradient of `x` [b, t, h] if wanted.
+fn head(
+    model: &Model,
+    x: &Tensor,
+    targets: &Targets,
+    flow: &Flow,
+    scale: f64,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<(f64, Option<Tensor>)> {
+    let (b, t, h) = x.dims3()?;
+    let flat = x.reshape((b * t, h))?;
+    let mut sum = 0.0;
+    let mut dx = wants_dx.then(|| flat.zeros_like()).transpose()?;
+    for (places, labels) in chunks(model, targets) {
+        let index = Tensor::new(places, x.device())?;
+        let leaf = Var::from_tensor(&flat.index_select(&index, 0)?)?;
+        let loss = chunk_loss(model, leaf.as_tensor(), labels, flow)?;
+        sum += loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        let d_rows = gradients.add(&(loss * scale)?, Some(leaf.as_tensor()))?;
+        if let (Some(dx), Some(d_rows)) = (&mut dx, d_rows) {
+            *dx = dx.index_add(&index, &d_rows, 0)?;
+        }
+    }
+    Ok((sum, dx.map(|dx| dx.reshape((b, t, h))).transpose()?))
+}
+
+/// Targets in chunks whose scores fit the bound.
+fn chunks<'a>(model: &Model, targets: &'a Targets) -> impl Iterator<Item = (&'a [u32], &'a [u32])> {
+    let width = model.config().labels().unwrap_or(model.config().vocab).max(1);
+    let rows = (HEAD_VALUES / width).max(1);
+    targets.places.chunks(rows).zip(targets.labels.chunks(rows))
+}
+
+/// Summed cross-entropy of rows [n, h] against their labels, a scalar in f32 (f64 for an f64 model).
+fn chunk_loss(model: &Model, rows: &Tensor, labels: &[u32], flow: &Flow) -> Result<Tensor> {
+    let scores = model.scores(&model.finish(rows)?, flow)?;
+    Ok(cross_entropy(&scores, labels, None)?.sum_all()?)
+}
+
+/// Summed loss of a batch without gradients.
+///
+/// # Errors
+/// If the batch does not fit the model.
+pub fn evaluate(model: &Model, batch: &Batch, targets: &Targets) -> Result<f64> {
+    let flow = Flow::eval();
+    let input = token_batch(batch, targets.separator)?;
+    let context = model.context(&input)?;
+    let mut x = model.embed(&input)?.detach();
+    for i in 0..model.blocks() {
+        x = model.block(i, &x, &context, &flow, None)?.detach();
+    }
+    let (b, t, h) = x.dims3()?;
+    let flat = x.reshape((b * t, h))?;
+    let mut sum = 0.0;
+    for (places, labels) in chunks(model, targets) {
+        let rows = flat.index_select(&Tensor::new(places, x.device())?, 0)?;
+        sum += chunk_loss(model, &rows, labels, &flow)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    }
+    Ok(sum)
+}

@@ -1,0 +1,2 @@
+//! Repository habits.
+fn main() {}
