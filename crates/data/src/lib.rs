@@ -17,6 +17,7 @@ mod source;
 mod store;
 pub mod synthetic;
 mod template;
+mod train_tokenizer;
 
 pub use batch::{Batch, BatchOptions, Batcher, PADDING, SplitSize, split};
 pub use encode::{EncodeOptions, Example, IGNORE, SpecialTokens, StreamDecoder, TextCodec, Truncation};
@@ -28,3 +29,4 @@ pub use row::{Label, Message, Row, Turns};
 pub use source::{DataOptions, Format, Records, Rows, Source, TextUnit};
 pub use store::{ExampleRef, Report, TokenStore, cache_key};
 pub use template::{ChatTemplate, Rendered, SpansFrom};
+pub use train_tokenizer::{TokenizerOptions, train_tokenizer};

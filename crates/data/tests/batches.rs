@@ -14,7 +14,7 @@ use proptest::prelude::*;
 fn store(lengths: &[usize]) -> Arc<TokenStore> {
     let examples = lengths.iter().enumerate().map(|(n, &length)| {
         let input_ids: Vec<u32> = (0..length as u32).map(|t| 1000 * n as u32 + t).collect();
-        let labels = input_ids.iter().map(|id| if id % 3 == 0 { IGNORE } else { *id as i32 }).collect();
+        let labels = input_ids.iter().map(|id| if id.is_multiple_of(3) { IGNORE } else { *id as i32 }).collect();
         Example { input_ids, labels, class: (n % 2 == 0).then_some(n as u32), truncated: false }
     });
     Arc::new(TokenStore::from_examples(examples).unwrap())
@@ -53,7 +53,7 @@ fn check(batch: &Batch, pad_id: u32) -> BTreeMap<u32, Vec<u32>> {
                 examples += 1;
                 assert_eq!(batch.labels[at], IGNORE, "nothing predicts the first token");
             } else {
-                let label = if batch.ids[at] % 3 == 0 { IGNORE } else { batch.ids[at] as i32 };
+                let label = if batch.ids[at].is_multiple_of(3) { IGNORE } else { batch.ids[at] as i32 };
                 assert_eq!(batch.labels[at], label);
             }
             assert_eq!(batch.segments[at], segment);
@@ -121,9 +121,9 @@ fn weights_are_met_exactly_and_every_example_seen_equally() {
             }
             draws.iter().for_each(|d| *seen.entry((d.part, d.index)).or_default() += 1);
         }
-        for part in 0..3 {
-            let of: Vec<usize> = seen.iter().filter(|((p, _), _)| *p == part).map(|(_, n)| *n).collect();
-            assert_eq!(of.len(), parts[part].len());
+        for (at, part) in parts.iter().enumerate() {
+            let of: Vec<usize> = seen.iter().filter(|((p, _), _)| *p == at).map(|(_, n)| *n).collect();
+            assert_eq!(of.len(), part.len());
             assert!(of.iter().max().unwrap() - of.iter().min().unwrap() <= 1, "{of:?}");
         }
     }

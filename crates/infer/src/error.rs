@@ -49,8 +49,8 @@ pub enum Error {
         /// What is wrong and what would be right.
         message: String,
     },
-    /// The model's scores are no scores.
-    #[error("scores of the next token: {0}")]
+    /// The model's scores are no scores, or do not fit the tokens.
+    #[error("the model's scores cannot be used: {0}")]
     Scores(String),
     /// The model is of the wrong kind.
     #[error("`{family}` cannot be used for {task}: {message}")]

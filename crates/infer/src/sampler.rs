@@ -177,7 +177,7 @@ impl Sampler {
         let tokens = logits.len();
         for id in history {
             let (Some(score), Some(seen)) = (logits.get_mut(*id as usize), self.seen.get_mut(*id as usize)) else {
-                return Err(Error::Scores(format!("the history has token {id}, there are scores of {tokens} tokens")));
+                return Err(Error::Scores(format!("token {id} of the history is none of the {tokens} tokens scored")));
             };
             if *seen != self.round {
                 *seen = self.round;
@@ -324,7 +324,7 @@ mod tests {
         assert_eq!(sampler.sample(&mut logits, &[0, 1, 0, 3]).unwrap(), 2);
         assert_eq!(logits, [1.5, -2.0, 2.0, 0.0]);
         let message = sampler.sample(&mut [0.0; 4], &[4]).unwrap_err().to_string();
-        assert!(message.contains("token 4") && message.contains("4 tokens"), "{message}");
+        assert!(message.contains("token 4 of the history"), "{message}");
     }
 
     #[test]

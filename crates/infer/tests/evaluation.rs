@@ -3,12 +3,13 @@
 
 mod common;
 
-use common::{BOS, EOS, VOCAB, classifier, codec, llama, llama_with};
+use candle_core::{Device, Tensor};
+use common::{BOS, VOCAB, classifier, codec, llama};
+use espalier_adapters::{Host, ModuleMut};
 use espalier_data::{EncodeOptions, Example, IGNORE, Message, Row, TextCodec};
 use espalier_infer::eval::{ChoiceRow, EvalOptions, choice_accuracy, classification, exact_match, perplexity};
 use espalier_infer::{GenerateOptions, end_ids, generate, probe, prompt_ids};
 use espalier_models::Model;
-use serde_json::json;
 
 /// ln p of token `place` of a row after those before, in f64.
 fn log_p(model: &Model, ids: &[u32], place: usize, id: u32) -> f64 {
@@ -219,9 +220,20 @@ fn classification_counts_by_class_and_prediction() {
 
 #[test]
 fn scores_that_are_not_finite_are_errors() {
-    let model = llama_with(json!({"initializer_range": 2e18}), 1);
-    let answers = GenerateOptions { eos: vec![EOS], ..GenerateOptions::default() };
-    let error = generate(&model, &codec(), &[vec![1, 2]], &answers, &mut |_| {}).unwrap_err();
-    assert!(error.to_string().starts_with("scores of the next token"), "{error}");
+    let mut model = llama();
+    model
+        .walk(&mut |module| {
+            if let ModuleMut::Norm(norm) = module {
+                let broken = Tensor::full(f32::NAN, norm.weight().get().shape(), &Device::Cpu)?;
+                norm.weight_mut().replace(Some(broken));
+            }
+            Ok(())
+        })
+        .unwrap();
+    let error = generate(&model, &codec(), &[vec![1, 2]], &GenerateOptions::default(), &mut |_| {}).unwrap_err();
+    assert!(error.to_string().contains("token 0 has NaN"), "{error}");
     assert!(error.hint().unwrap().contains("adapter"));
+    let examples = [example(&[1, 2, 3], |_| true, None)];
+    let error = perplexity(&model, &examples, &options(1), &mut |_, _| {}).unwrap_err().to_string();
+    assert!(error.contains("token 2 at place 1 has the loss NaN"), "{error}");
 }

@@ -119,6 +119,21 @@ pub fn model(recipe: &Recipe) -> Result<Model> {
     Ok(Model::load(&path, &load_options(recipe)?)?)
 }
 
+/// A model with random weights, of the recipe's architecture.
+///
+/// # Errors
+/// If the recipe names none, or it is not supported.
+pub fn new_model(recipe: &Recipe) -> Result<Model> {
+    let file = recipe
+        .architecture
+        .as_deref()
+        .ok_or_else(|| Error::recipe("architecture", "pre-training needs the config.json of an architecture"))?;
+    let path = Path::new(file);
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let json = serde_json::from_str(&text).map_err(|e| Error::recipe(file, e.to_string()))?;
+    Ok(Model::random(ModelConfig::from_json(path, json)?, &load_options(recipe)?)?)
+}
+
 /// The tokenizer that belongs to a model at `path`, from its folder or from the folder named apart; a codec for token ids
 /// alone where there is neither.
 ///

@@ -8,7 +8,7 @@ use espalier_adapters::Flow;
 use espalier_kernels::cross_entropy::cross_entropy;
 use espalier_models::{Model, TokenBatch};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Most scores held at once.
 const SCORES: usize = 1 << 24;
@@ -24,7 +24,7 @@ pub(crate) struct Target {
     pub(crate) id: u32,
 }
 
-/// Loss in nats of each target, in their order. Rows must not be empty.
+/// Loss in nats of each target, in their order; all are finite. Rows must not be empty.
 pub(crate) fn token_losses(model: &Model, rows: &[Vec<u32>], targets: &[Target]) -> Result<Vec<f64>> {
     if targets.is_empty() {
         return Ok(Vec::new());
@@ -39,7 +39,11 @@ pub(crate) fn token_losses(model: &Model, rows: &[Vec<u32>], targets: &[Target])
         let labels: Vec<u32> = part.iter().map(|x| x.id).collect();
         let vectors = hidden.index_select(&Tensor::new(places, hidden.device())?, 0)?;
         let found = cross_entropy(&model.scores(&vectors, &flow)?, &labels, None)?;
-        losses.extend(found.to_dtype(DType::F64)?.to_vec1::<f64>()?);
+        let found = found.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        if let Some((target, loss)) = part.iter().zip(&found).find(|(_, loss)| !loss.is_finite()) {
+            return Err(Error::Scores(format!("token {} at place {} has the loss {loss}", target.id, target.place)));
+        }
+        losses.extend(found);
     }
     Ok(losses)
 }

@@ -54,6 +54,8 @@ macro_rules! keys {
 keys! {
     /// Base model: a Hugging Face folder, a .gguf file, or a hub id. Empty: the embedded seedling.
     model: String = String::new();
+    /// Pre-training: the `config.json` of the new model's architecture.
+    architecture: Option<String> = None;
     /// Folder of the tokenizer, where the model's own folder has none.
     tokenizer: Option<String> = None;
     /// Revision of a hub model.

@@ -1,0 +1,116 @@
+//! What commands that run a model have in common: the model, its tokenizer, adapters.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use clap::Args;
+use espalier_adapters::AdapterSet;
+use espalier_adapters::formats::folder;
+use espalier_data::TextCodec;
+use espalier_models::Model;
+use espalier_train::{Recipe, setup};
+
+/// A model, with adapters.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ModelArgs {
+    /// Model folder, .gguf file or hub id; the embedded seedling if absent.
+    #[arg(long, default_value = "")]
+    pub(crate) model: String,
+    /// Adapter folder, or NAME=DIR, or NAME=DIR@WEIGHT; several act together as a weighted sum.
+    #[arg(long)]
+    pub(crate) adapter: Vec<String>,
+    /// Folder of the tokenizer, where the model's own folder has none.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    /// Revision of a hub model.
+    #[arg(long)]
+    pub(crate) revision: Option<String>,
+    /// Device: auto, cpu, or cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// Dtype of activations and frozen weights: auto, f32, bf16, f16.
+    #[arg(long, default_value = "auto")]
+    pub(crate) dtype: String,
+    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8.
+    #[arg(long, default_value = "none")]
+    pub(crate) quantization: String,
+    /// Use an adapter although it was made for another base.
+    #[arg(long)]
+    pub(crate) allow_base: bool,
+}
+
+/// A loaded model.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) model: Model,
+    pub(crate) codec: TextCodec,
+    pub(crate) adapters: AdapterSet,
+    /// Where the model is.
+    pub(crate) path: PathBuf,
+}
+
+/// One `--adapter`.
+fn parse(text: &str, index: usize) -> Result<(String, PathBuf, f64)> {
+    let (name, rest) = match text.split_once('=') {
+        Some((name, rest)) if !Path::new(text).exists() => (name.to_owned(), rest),
+        _ => (format!("adapter-{index}"), text),
+    };
+    match rest.rsplit_once('@') {
+        Some((path, weight)) if !Path::new(rest).exists() => {
+            let weight = weight.parse().with_context(|| format!("--adapter {text}: `{weight}` is not a weight"))?;
+            Ok((name, PathBuf::from(path), weight))
+        }
+        _ => Ok((name, PathBuf::from(rest), 1.0)),
+    }
+}
+
+impl ModelArgs {
+    /// Loads the model and its tokenizer, and puts the adapters into the slots.
+    pub(crate) fn load(&self) -> Result<Loaded> {
+        let files = self
+            .adapter
+            .iter()
+            .enumerate()
+            .map(|(i, text)| {
+                let (name, path, weight) = parse(text, i)?;
+                Ok((name, weight, folder::read(&path)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let recipe = Recipe {
+            model: self.model.clone(),
+            revision: self.revision.clone(),
+            device: self.device.clone(),
+            dtype: self.dtype.clone(),
+            quantization: self.quantization.clone(),
+            ..Recipe::default()
+        };
+        let path = setup::model_path(&self.model, self.revision.as_deref())?;
+        let mut options = setup::load_options(&recipe)?;
+        // A classifier's adapter brings its head, whose size says how many labels there are.
+        options.labels = files.iter().find_map(|(.., f)| head_rows(f));
+        let config_labels = espalier_models::ModelConfig::read(&path).ok().and_then(|c| c.labels());
+        if config_labels.is_none() || config_labels == options.labels {
+            options.labels = None;
+        }
+        let mut model = Model::load(&path, &options)?;
+        let codec = setup::codec(&path, self.tokenizer.as_deref(), model.config())?;
+        let mut adapters = AdapterSet::new();
+        let mut active = Vec::new();
+        for (name, weight, files) in files {
+            let device = model.device().clone();
+            let attached = folder::load(&mut model, files, self.allow_base, DType::F32, &device)?;
+            adapters.add(&name, attached)?;
+            active.push((name, weight));
+        }
+        let wanted: Vec<(&str, f64)> = active.iter().map(|(n, w)| (n.as_str(), *w)).collect();
+        adapters.activate(&mut model, &wanted)?;
+        Ok(Loaded { model, codec, adapters, path })
+    }
+}
+
+/// Rows of the classification head in an adapter's files.
+fn head_rows(files: &folder::AdapterFiles) -> Option<usize> {
+    let heads = ["classifier.weight", "classifier.out_proj.weight"];
+    heads.iter().find_map(|name| files.tensors.get(*name)?.dim(0).ok())
+}
