@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde_json::json;
 use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::digits::Digits;
@@ -61,12 +62,12 @@ pub fn train_tokenizer(source: &Source, options: &TokenizerOptions, folder: &Pat
         let message = format!("{} is too small: bytes and special tokens take {least}", options.vocab_size);
         return Err(DataError::Option { key: "vocab_size", message });
     }
-    let mut trainer = BpeTrainer::builder()
+    let mut trainer: TrainerWrapper = BpeTrainer::builder()
         .vocab_size(options.vocab_size)
         .min_frequency(2)
         .show_progress(false)
         .special_tokens(special.map(|t| AddedToken::from(t, true)).to_vec())
-        .initial_alphabet(ByteLevel::alphabet())
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build()
         .into();
     let bytes = ByteLevel::new(false, true, true);

@@ -71,7 +71,10 @@ pub(crate) unsafe fn product(
         return;
     }
     assert!((m - 1) * dst.stride + n <= dst.len, "matrix product: target too short");
-    assert!(k == 0 || (a.last(m, k) < a.data.len() && b.last(k, n) < b.data.len()), "matrix product: operand too short");
+    assert!(
+        k == 0 || (a.last(m, k) < a.data.len() && b.last(k, n) < b.data.len()),
+        "matrix product: operand too short"
+    );
     let parallelism = if parallel && m * n * k >= 1 << 20 { Parallelism::Rayon(0) } else { Parallelism::None };
     // SAFETY: bounds asserted above; exclusive access to the target is the caller's promise.
     unsafe {

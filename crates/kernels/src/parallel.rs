@@ -36,11 +36,7 @@ pub(crate) fn tasks<T: Send>(tasks: Vec<T>, work: usize, f: impl Fn(T) + Sync + 
 
 /// `f(i)` for i in 0..count, collected in order.
 pub(crate) fn map<R: Send>(count: usize, work: usize, f: impl Fn(usize) -> R + Sync + Send) -> Vec<R> {
-    if worth(work) && count > 1 {
-        (0..count).into_par_iter().map(f).collect()
-    } else {
-        (0..count).map(f).collect()
-    }
+    if worth(work) && count > 1 { (0..count).into_par_iter().map(f).collect() } else { (0..count).map(f).collect() }
 }
 
 /// An optional slice cut into `count` optional pieces of `size` entries.

@@ -74,8 +74,13 @@ multiversion! {
         let (ca, cb) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
         let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(x, y)| f32::from(*x) * y).sum();
         for (x, y) in ca.zip(cb) {
+            // Widened as a whole first: the conversion then vectorises.
+            let mut wide = [0f32; LANES];
             for i in 0..LANES {
-                lanes[i] = madd::<FMA>(f32::from(x[i]), y[i], lanes[i]);
+                wide[i] = f32::from(x[i]);
+            }
+            for i in 0..LANES {
+                lanes[i] = madd::<FMA>(wide[i], y[i], lanes[i]);
             }
         }
         fold(lanes) + tail

@@ -5,8 +5,14 @@ use candle_core::{DType, Device, Tensor};
 use common::*;
 use espalier_kernels::activation::{Activation, activate, gated, reference};
 
-const ALL: [Activation; 6] =
-    [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::QuickGelu, Activation::Tanh];
+const ALL: [Activation; 6] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+    Activation::QuickGelu,
+    Activation::Tanh,
+];
 
 #[test]
 fn kernels_match_the_f64_reference() {
@@ -30,7 +36,11 @@ fn references_match_finite_differences() {
     let (x, up) = (randn(&mut r, &[11], DType::F64), randn(&mut r, &[11], DType::F64));
     for act in ALL {
         finite_differences(&format!("{act:?}"), &|i| reference::activate(&i[0], act), std::slice::from_ref(&x));
-        finite_differences(&format!("gated {act:?}"), &|i| reference::gated(&i[0], &i[1], act), &[x.clone(), up.clone()]);
+        finite_differences(
+            &format!("gated {act:?}"),
+            &|i| reference::gated(&i[0], &i[1], act),
+            &[x.clone(), up.clone()],
+        );
     }
 }
 
@@ -59,9 +69,15 @@ fn extremes_stay_finite_and_right() {
 #[test]
 fn names_are_those_of_hugging_face() {
     for (name, act) in [
-        ("silu", Activation::Silu), ("swish", Activation::Silu), ("gelu", Activation::Gelu), ("gelu_new", Activation::GeluTanh),
-        ("gelu_pytorch_tanh", Activation::GeluTanh), ("gelu_fast", Activation::GeluTanh), ("relu", Activation::Relu),
-        ("quick_gelu", Activation::QuickGelu), ("tanh", Activation::Tanh),
+        ("silu", Activation::Silu),
+        ("swish", Activation::Silu),
+        ("gelu", Activation::Gelu),
+        ("gelu_new", Activation::GeluTanh),
+        ("gelu_pytorch_tanh", Activation::GeluTanh),
+        ("gelu_fast", Activation::GeluTanh),
+        ("relu", Activation::Relu),
+        ("quick_gelu", Activation::QuickGelu),
+        ("tanh", Activation::Tanh),
     ] {
         assert_eq!(Activation::from_name(name), Some(act));
     }

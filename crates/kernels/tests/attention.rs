@@ -20,7 +20,11 @@ struct Case {
 fn inputs(case: Case, seed: u64, dtype: DType) -> Vec<Tensor> {
     let Case { b, tq, tk, h, kv, d, dv } = case;
     let mut r = rng(seed);
-    vec![randn(&mut r, &[b, tq, h, d], dtype), randn(&mut r, &[b, tk, kv, d], dtype), randn(&mut r, &[b, tk, kv, dv], dtype)]
+    vec![
+        randn(&mut r, &[b, tq, h, d], dtype),
+        randn(&mut r, &[b, tk, kv, d], dtype),
+        randn(&mut r, &[b, tk, kv, dv], dtype),
+    ]
 }
 
 fn plain(d: usize) -> AttentionSpec {

@@ -17,8 +17,18 @@ fn weights(w: &Tensor, gguf: bool) -> Vec<FrozenWeight> {
     all.push(FrozenWeight::int8(w).unwrap());
     if gguf {
         for dtype in [
-            GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_0,
-            GgmlDType::Q5_1, GgmlDType::Q8_0, GgmlDType::Q2K, GgmlDType::Q3K, GgmlDType::Q4K, GgmlDType::Q5K,
+            GgmlDType::F32,
+            GgmlDType::F16,
+            GgmlDType::BF16,
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q8_0,
+            GgmlDType::Q2K,
+            GgmlDType::Q3K,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
             GgmlDType::Q6K,
         ] {
             all.push(FrozenWeight::gguf(Arc::new(QTensor::quantize(w, dtype).unwrap())).unwrap());
@@ -43,7 +53,12 @@ fn products(d_out: usize, d_in: usize, rows: &[usize], gguf: bool) {
                 let x = randn(&mut r, &[n, d_in], dtype);
                 matches_f64(&what, &|i| weight.forward(&i[0]), std::slice::from_ref(&x), rounding(dtype));
                 let y = randn(&mut r, &[n, d_out], dtype);
-                matches_f64(&format!("{what} transposed"), &|i| weight.forward_transposed(&i[0]), &[y], rounding(dtype));
+                matches_f64(
+                    &format!("{what} transposed"),
+                    &|i| weight.forward_transposed(&i[0]),
+                    &[y],
+                    rounding(dtype),
+                );
                 if n > 0 {
                     let want = x.to_dtype(DType::F64).unwrap().matmul(&dense.t().unwrap()).unwrap();
                     close(&format!("{what} by hand"), &weight.forward(&x).unwrap(), &want, rounding(dtype));
@@ -104,8 +119,10 @@ fn nf4_follows_its_definition() {
         assert_eq!(parts.codes[115] & 15, 7);
         let out = weight.dequantize(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         for (i, (w, got)) in values.iter().zip(&out).enumerate() {
-            let exact = values[i / 64 * 64..values.len().min((i / 64 + 1) * 64)].iter().fold(0f32, |m, w| m.max(w.abs()));
-            let code = (0..16).min_by(|a, b| (book[*a] - w / exact).abs().total_cmp(&(book[*b] - w / exact).abs())).unwrap();
+            let exact =
+                values[i / 64 * 64..values.len().min((i / 64 + 1) * 64)].iter().fold(0f32, |m, w| m.max(w.abs()));
+            let code =
+                (0..16).min_by(|a, b| (book[*a] - w / exact).abs().total_cmp(&(book[*b] - w / exact).abs())).unwrap();
             let byte = parts.codes[i / 2];
             assert_eq!(usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 }), code, "entry {i}");
             assert_eq!(*got, book[code] * parts.absmax[i / 64]);
@@ -133,7 +150,8 @@ fn dynamic_map_is_that_of_bitsandbytes() {
     assert!(map.windows(2).all(|w| w[0] < w[1]));
     // create_dynamic_map(signed=True): ends, zero, neighbours of zero, and the coarsest fractions.
     assert_eq!((map[255], map[127]), (1.0, 0.0));
-    for (at, want) in [(128, 5.5e-7), (126, -5.5e-7), (129, 3.25e-6), (130, 7.75e-6), (254, 0.9929688), (0, -0.9929688)] {
+    for (at, want) in [(128, 5.5e-7), (126, -5.5e-7), (129, 3.25e-6), (130, 7.75e-6), (254, 0.9929688), (0, -0.9929688)]
+    {
         assert!((map[at] - want).abs() <= 2e-7 * want.abs(), "map[{at}] is {}, expected {want}", map[at]);
     }
 }
@@ -172,8 +190,8 @@ fn names_sizes_and_accessors() {
     let w = randn(&mut rng(7), &[4, 256], DType::F32);
     let names: Vec<String> = weights(&w, true).iter().map(FrozenWeight::dtype_name).collect();
     let expected = [
-        "f32", "f16", "bf16", "f64", "nf4", "nf4", "int8", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
-        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+        "f32", "f16", "bf16", "f64", "nf4", "nf4", "int8", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1",
+        "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
     ];
     assert_eq!(names, expected);
     for weight in weights(&w, true) {

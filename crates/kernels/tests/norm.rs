@@ -8,7 +8,8 @@ use espalier_kernels::norm::{layer_norm, reference, rms_norm};
 #[test]
 fn kernels_match_the_f64_reference_in_values_and_gradients() {
     let mut r = rng(1);
-    for dims in [vec![3, 5, 64], vec![1, 7], vec![0, 16], vec![2, 0, 33], vec![1, 1, 1], vec![70, 300], vec![1000, 33]] {
+    for dims in [vec![3, 5, 64], vec![1, 7], vec![0, 16], vec![2, 0, 33], vec![1, 1, 1], vec![70, 300], vec![1000, 33]]
+    {
         let h = *dims.last().unwrap();
         for dtype in FUSED {
             let x = randn(&mut r, &dims, dtype);
@@ -34,7 +35,8 @@ fn kernels_match_the_f64_reference_in_values_and_gradients() {
 #[test]
 fn references_match_finite_differences() {
     let mut r = rng(2);
-    let (x, w, b) = (randn(&mut r, &[3, 5], DType::F64), randn(&mut r, &[5], DType::F64), randn(&mut r, &[5], DType::F64));
+    let (x, w, b) =
+        (randn(&mut r, &[3, 5], DType::F64), randn(&mut r, &[5], DType::F64), randn(&mut r, &[5], DType::F64));
     finite_differences("rms", &|i| reference::rms_norm(&i[0], &i[1], 1e-5, 1.0), &[x.clone(), w.clone()]);
     finite_differences("layer", &|i| reference::layer_norm(&i[0], &i[1], Some(&i[2]), 1e-5), &[x, w, b]);
 }
@@ -73,7 +75,8 @@ fn only_tracked_inputs_get_gradients() {
 #[test]
 fn bits_do_not_depend_on_threads() {
     let mut r = rng(6);
-    let inputs = [randn(&mut r, &[301, 257], DType::F32), randn(&mut r, &[257], DType::F32), randn(&mut r, &[257], DType::F32)];
+    let inputs =
+        [randn(&mut r, &[301, 257], DType::F32), randn(&mut r, &[257], DType::F32), randn(&mut r, &[257], DType::F32)];
     same_bits_in_any_pool("rms", || everything(&|i| rms_norm(&i[0], &i[1], 1e-5, 0.0), &inputs[..2]));
     same_bits_in_any_pool("layer", || everything(&|i| layer_norm(&i[0], &i[1], Some(&i[2]), 1e-5), &inputs));
 }

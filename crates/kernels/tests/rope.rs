@@ -15,8 +15,14 @@ fn angles(b: usize, t: usize, half: usize) -> (Tensor, Tensor) {
 fn kernel_matches_the_f64_reference() {
     let mut r = rng(1);
     for (b, t, heads, d, half, ab) in [
-        (2, 7, 3, 16, 8, 1), (2, 7, 3, 16, 8, 2), (1, 1, 1, 2, 1, 1), (3, 5, 2, 20, 6, 1), (0, 4, 2, 8, 4, 1), (2, 0, 2, 8, 4, 1),
-        (2, 130, 8, 64, 32, 2), (2, 3, 2, 8, 0, 1),
+        (2, 7, 3, 16, 8, 1),
+        (2, 7, 3, 16, 8, 2),
+        (1, 1, 1, 2, 1, 1),
+        (3, 5, 2, 20, 6, 1),
+        (0, 4, 2, 8, 4, 1),
+        (2, 0, 2, 8, 4, 1),
+        (2, 130, 8, 64, 32, 2),
+        (2, 3, 2, 8, 0, 1),
     ] {
         let (cos, sin) = angles(ab, t, half);
         for dtype in FUSED {
@@ -36,7 +42,11 @@ fn kernel_matches_the_f64_reference() {
 #[test]
 fn reference_matches_finite_differences() {
     let (cos, sin) = angles(1, 3, 2);
-    finite_differences("rope", &|i| reference::rope(&i[0], &cos, &sin), &[randn(&mut rng(2), &[2, 3, 2, 5], DType::F64)]);
+    finite_differences(
+        "rope",
+        &|i| reference::rope(&i[0], &cos, &sin),
+        &[randn(&mut rng(2), &[2, 3, 2, 5], DType::F64)],
+    );
 }
 
 #[test]

@@ -62,7 +62,7 @@ fn processor() -> Check {
 
 fn product_rate() -> Result<Check> {
     const N: usize = 1024;
-    let values = |seed: f32| (0..N * N).map(|i| ((i as f32 * 0.37 + seed).sin())).collect::<Vec<f32>>();
+    let values = |seed: f32| (0..N * N).map(|i| (i as f32 * 0.37 + seed).sin()).collect::<Vec<f32>>();
     let a = Tensor::from_vec(values(0.1), (N, N), &Device::Cpu)?;
     let b = Tensor::from_vec(values(0.7), (N, N), &Device::Cpu)?;
     a.matmul(&b)?;

@@ -46,8 +46,6 @@ pub(crate) struct Loaded {
     pub(crate) model: Model,
     pub(crate) codec: TextCodec,
     pub(crate) adapters: AdapterSet,
-    /// Where the model is.
-    pub(crate) path: PathBuf,
 }
 
 /// One `--adapter`.
@@ -105,7 +103,7 @@ impl ModelArgs {
         }
         let wanted: Vec<(&str, f64)> = active.iter().map(|(n, w)| (n.as_str(), *w)).collect();
         adapters.activate(&mut model, &wanted)?;
-        Ok(Loaded { model, codec, adapters, path })
+        Ok(Loaded { model, codec, adapters })
     }
 }
 

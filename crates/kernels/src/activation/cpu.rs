@@ -50,12 +50,30 @@ fn tanh_both<const FMA: bool>(x: f32) -> (f32, f32) {
 macro_rules! each {
     ($kind:expr, $fma:ident, $f:ident => $body:expr) => {
         match $kind {
-            Activation::Silu => { let $f = silu::<$fma>; $body }
-            Activation::Gelu => { let $f = gelu::<$fma>; $body }
-            Activation::GeluTanh => { let $f = gelu_tanh::<$fma>; $body }
-            Activation::Relu => { let $f = relu::<$fma>; $body }
-            Activation::QuickGelu => { let $f = quick_gelu::<$fma>; $body }
-            Activation::Tanh => { let $f = tanh_both::<$fma>; $body }
+            Activation::Silu => {
+                let $f = silu::<$fma>;
+                $body
+            }
+            Activation::Gelu => {
+                let $f = gelu::<$fma>;
+                $body
+            }
+            Activation::GeluTanh => {
+                let $f = gelu_tanh::<$fma>;
+                $body
+            }
+            Activation::Relu => {
+                let $f = relu::<$fma>;
+                $body
+            }
+            Activation::QuickGelu => {
+                let $f = quick_gelu::<$fma>;
+                $body
+            }
+            Activation::Tanh => {
+                let $f = tanh_both::<$fma>;
+                $body
+            }
         }
     };
 }

@@ -60,7 +60,12 @@ struct Head {
 type Gradients<T> = (Option<Vec<T>>, Option<Vec<T>>, Option<Vec<T>>);
 
 /// The wanted gradients, shaped like q, k and v.
-pub(super) fn backward<T: Element>(dims: &Dims, spec: &AttentionSpec, saved: &Saved<'_, T>, want: Want) -> Gradients<T> {
+pub(super) fn backward<T: Element>(
+    dims: &Dims,
+    spec: &AttentionSpec,
+    saved: &Saved<'_, T>,
+    want: Want,
+) -> Gradients<T> {
     let Dims { b, tq, tk, h, kv, d, dv } = *dims;
     let rules = Rules::new(*dims, spec);
     let heads = parallel::map(b * kv, b * tq * tk * h * (d + dv) / 16, |i| {
@@ -97,8 +102,7 @@ fn head_gradients<T: Element>(
     let Dims { tq, tk, h, kv, d, dv, .. } = *dims;
     let (group, per, scale) = (dims.group(), tokens_per_tile(dims), spec.scale as f32);
     let need = |wanted: bool, len: usize| vec![0f32; if wanted { len } else { 0 }];
-    let mut grads =
-        Head { dq: need(want.q, tq * group * d), dk: need(want.k, tk * d), dv: need(want.v, tk * dv) };
+    let mut grads = Head { dq: need(want.q, tq * group * d), dk: need(want.k, tk * d), dv: need(want.v, tk * dv) };
     // Keys of this head as f32, as rows and as columns, and values as columns, once.
     let (mut keys, mut columns, mut values) = (vec![0f32; tk * d], vec![0f32; tk * d], vec![0f32; tk * dv]);
     if tk > 0 {

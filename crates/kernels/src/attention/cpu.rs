@@ -12,9 +12,9 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDTyp
 use std::sync::OnceLock;
 
 /// Keys a tile.
-pub(super) const KEYS: usize = 128;
+pub(super) const KEYS: usize = 64;
 /// Query rows a tile, heads of a group counted.
-pub(super) const ROWS: usize = 128;
+pub(super) const ROWS: usize = 64;
 
 multiversion! {
     /// s <- cap tanh(s / cap)

@@ -70,7 +70,8 @@ impl Dims {
 
     fn of(q: &[usize], k: &[usize], v: &[usize]) -> Option<Self> {
         let (&[b, tq, h, d], &[kb, tk, kv, kd], &[vb, vt, vkv, dv]) = (q, k, v) else { return None };
-        let fits = kb == b && vb == b && kd == d && vt == tk && vkv == kv && kv > 0 && h > 0 && h % kv == 0 && d > 0 && dv > 0;
+        let fits =
+            kb == b && vb == b && kd == d && vt == tk && vkv == kv && kv > 0 && h > 0 && h % kv == 0 && d > 0 && dv > 0;
         fits.then_some(Self { b, tq, tk, h, kv, d, dv })
     }
 }

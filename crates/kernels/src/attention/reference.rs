@@ -33,9 +33,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         None => scores,
     };
     let rules = Rules::new(dims, spec);
-    let visible: Vec<u8> = (0..b * tq * tk)
-        .map(|at| u8::from(rules.sees(at / (tq * tk), at / tk % tq, at % tk)))
-        .collect();
+    let visible: Vec<u8> =
+        (0..b * tq * tk).map(|at| u8::from(rules.sees(at / (tq * tk), at / tk % tq, at % tk))).collect();
     let visible = Tensor::from_vec(visible, (b, 1, tq, tk), q.device())?;
     let open = visible.to_dtype(precise)?;
     // Hidden scores sink far below any seen one; a query that sees nothing keeps a weight of exactly zero.

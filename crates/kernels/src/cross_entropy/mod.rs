@@ -38,11 +38,8 @@ pub fn cross_entropy(logits: &Tensor, labels: &[u32], weights: Option<&[f32]>) -
         bail!("cross_entropy: label {} of row {row} is not below the {v} columns of the logits", labels[row])
     }
     if fused(logits) {
-        let op = cpu::CrossEntropy {
-            labels: Arc::from(labels),
-            weights: weights.map(Arc::from),
-            log_sums: OnceLock::new(),
-        };
+        let op =
+            cpu::CrossEntropy { labels: Arc::from(labels), weights: weights.map(Arc::from), log_sums: OnceLock::new() };
         logits.contiguous()?.apply_op1(op)
     } else {
         reference::cross_entropy(logits, labels, weights)

@@ -45,10 +45,7 @@ impl Int8 {
         } else {
             let shifted: Vec<u8> = codes.iter().map(|c| (i16::from(*c) + 128) as u8).collect();
             let scales: Vec<f32> = absmax.iter().map(|a| a / 127.0).collect();
-            Some((
-                Tensor::from_vec(shifted, (d_out, d_in), &device)?,
-                Tensor::from_vec(scales, (d_out, 1), &device)?,
-            ))
+            Some((Tensor::from_vec(shifted, (d_out, d_in), &device)?, Tensor::from_vec(scales, (d_out, 1), &device)?))
         };
         Ok(Self { d_out, d_in, codes, absmax, device, resident })
     }

@@ -176,7 +176,11 @@ impl FrozenWeight {
             bail!("frozen {what}: input is {:?}, expected a float type", x.dtype())
         }
         if !x.device().same_device(&self.device()) {
-            bail!("frozen {what}: input is on {:?}, the weight on {:?}", x.device().location(), self.device().location())
+            bail!(
+                "frozen {what}: input is on {:?}, the weight on {:?}",
+                x.device().location(),
+                self.device().location()
+            )
         }
         let rows: usize = outer.iter().product();
         let shape: Vec<usize> = outer.iter().copied().chain([to]).collect();

@@ -24,7 +24,15 @@ pub(crate) fn flat(x: &Tensor) -> Vec<f64> {
 }
 
 pub(crate) fn bits(x: &Tensor) -> Vec<u32> {
-    x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect()
+    x.to_dtype(DType::F32)
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1::<f32>()
+        .unwrap()
+        .iter()
+        .map(|x| x.to_bits())
+        .collect()
 }
 
 /// |a - b| <= tolerance * (largest |b| + |b|), entry by entry; shapes equal. Inputs are of unit scale, so a tensor whose
@@ -48,10 +56,7 @@ pub(crate) fn value_and_gradients(op: Op<'_>, inputs: &[Tensor]) -> (Tensor, Vec
     let r = randn(&mut rng(99), y.dims(), DType::F32).to_dtype(y.dtype()).unwrap();
     let loss = (&y * r).unwrap().sum_all().unwrap();
     let grads = loss.backward().unwrap();
-    let all = vars
-        .iter()
-        .map(|v| grads.get(v).cloned().unwrap_or_else(|| v.zeros_like().unwrap()))
-        .collect();
+    let all = vars.iter().map(|v| grads.get(v).cloned().unwrap_or_else(|| v.zeros_like().unwrap())).collect();
     (y.detach(), all)
 }
 
@@ -84,9 +89,8 @@ pub(crate) fn finite_differences(what: &str, op: Op<'_>, inputs: &[Tensor]) {
     let inputs: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(DType::F64).unwrap()).collect();
     let (y, grads) = value_and_gradients(op, &inputs);
     let r = randn(&mut rng(99), y.dims(), DType::F32).to_dtype(DType::F64).unwrap();
-    let loss = |inputs: &[Tensor]| -> f64 {
-        (op(inputs).unwrap() * &r).unwrap().sum_all().unwrap().to_scalar().unwrap()
-    };
+    let loss =
+        |inputs: &[Tensor]| -> f64 { (op(inputs).unwrap() * &r).unwrap().sum_all().unwrap().to_scalar().unwrap() };
     let h = 1e-5;
     for (which, input) in inputs.iter().enumerate() {
         let base = flat(input);
@@ -100,7 +104,11 @@ pub(crate) fn finite_differences(what: &str, op: Op<'_>, inputs: &[Tensor]) {
                 loss(&all)
             };
             let slope = (moved(h) - moved(-h)) / (2.0 * h);
-            assert!((slope - grad[i]).abs() < 1e-6 * (1.0 + slope.abs()), "{what}: input {which} entry {i}: gradient {}, difference {slope}", grad[i]);
+            assert!(
+                (slope - grad[i]).abs() < 1e-6 * (1.0 + slope.abs()),
+                "{what}: input {which} entry {i}: gradient {}, difference {slope}",
+                grad[i]
+            );
         }
     }
 }

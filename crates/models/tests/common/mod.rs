@@ -1,0 +1,42 @@
+//! Golden files made with transformers and PEFT.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use espalier_adapters::Flow;
+use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_models::{LoadOptions, Model, TokenBatch};
+
+pub(crate) fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../parity/golden")
+}
+
+pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
+    MappedFile::open(path).unwrap().load_all(&Device::Cpu).unwrap()
+}
+
+pub(crate) fn rows(ids: &Tensor) -> Vec<Vec<u32>> {
+    let ids = ids.to_dtype(DType::I64).unwrap().to_vec2::<i64>().unwrap();
+    ids.into_iter().map(|row| row.into_iter().map(|id| id as u32).collect()).collect()
+}
+
+pub(crate) fn batch(ids: &Tensor) -> TokenBatch {
+    let rows = rows(ids);
+    TokenBatch::new(rows.concat(), rows.len(), rows[0].len()).unwrap()
+}
+
+pub(crate) fn load(folder: &Path) -> Model {
+    Model::load(folder, &LoadOptions::cpu()).unwrap()
+}
+
+pub(crate) fn logits(model: &Model, ids: &Tensor) -> Tensor {
+    model.forward(&batch(ids), &Flow::eval()).unwrap().detach().to_dtype(DType::F32).unwrap()
+}
+
+pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let d = (a.to_dtype(DType::F64).unwrap() - b.to_dtype(DType::F64).unwrap()).unwrap();
+    d.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
+}
