@@ -155,6 +155,8 @@ impl TargetSpec {
             Pattern::Expression(text) => vec![(text.clone(), 0)],
             Pattern::Endings(names) => names.iter().map(|n| (n.clone(), 0)).collect(),
         };
+        // A pattern whose every module is excluded on purpose has matched; one that names nothing has not.
+        let mut seen = vec![false; matched.len()];
         let expression = match &self.target_modules {
             Pattern::Expression(text) if text != ALL_LINEAR => Some(full("target_modules", text)?),
             _ => None,
@@ -169,7 +171,11 @@ impl TargetSpec {
                     (0..names.len()).filter(|i| ends_with(&candidate.path, &names[*i])).collect()
                 }
             };
-            if hits.is_empty() || self.excluded(&candidate.path)? || !layers(&candidate.path) {
+            if hits.is_empty() {
+                continue;
+            }
+            hits.iter().for_each(|i| seen[*i] = true);
+            if self.excluded(&candidate.path)? || !layers(&candidate.path) {
                 continue;
             }
             hits.into_iter().for_each(|i| matched[i].1 += 1);
@@ -190,8 +196,14 @@ impl TargetSpec {
             pattern: pattern.to_owned(),
             near_misses: near_misses(pattern, paths()),
         };
-        if let Some((pattern, _)) = matched.iter().find(|(_, n)| *n == 0) {
-            return Err(unmatched("target_modules", pattern));
+        if let Some(i) = seen.iter().position(|seen| !seen) {
+            return Err(unmatched("target_modules", &matched[i].0));
+        }
+        if sites.is_empty() {
+            return Err(Error::config(
+                "target_modules",
+                "exclude_modules and layers_to_transform leave no module of those that the patterns match",
+            ));
         }
         if let Some(i) = used_ranks.iter().position(|n| *n == 0) {
             return Err(unmatched("rank_pattern", ranks[i].1));

@@ -190,6 +190,24 @@ fn python_methods_loop_controls_and_json_spelling() {
 }
 
 #[test]
+fn containers_are_written_as_python_does() {
+    let text = r#"{{ [1, 2.0, none, true, 'a', "it's", 'a"b', 'x\\y'] }} {{ {'k': ['é\n']} }} {{ [1, 'a'] | string }} {{ 'plain' | string }}"#;
+    let expected = r#"[1, 2.0, None, True, 'a', "it's", 'a"b', 'x\\y'] {'k': ['é\n']} [1, 'a'] plain"#;
+    assert_eq!(template(text).render_text(&talk(), None, false).unwrap(), expected);
+}
+
+#[test]
+fn templates_with_foreign_line_ends_render_line_feeds() {
+    let plain = template(ZEPHYR).render(&talk(), None, true).unwrap();
+    let lines = "{%- for m in messages %}\n{{ m.role }}:\n{{ m.content }}\n{%- endfor %}\n";
+    let expected = template(lines).render_text(&talk(), None, false).unwrap();
+    for end in ["\r\n", "\r"] {
+        assert_eq!(template(&ZEPHYR.replace('\n', end)).render(&talk(), None, true).unwrap(), plain);
+        assert_eq!(template(&lines.replace('\n', end)).render_text(&talk(), None, false).unwrap(), expected);
+    }
+}
+
+#[test]
 fn dates_come_from_the_clock() {
     let mut template = template("{{ strftime_now('%d %b %Y|%A %j|%-d %B %y|%H:%M:%S %I%p%%') }}");
     for (clock, expected) in [

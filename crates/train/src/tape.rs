@@ -63,12 +63,14 @@ impl Gradients {
     }
 }
 
-/// The input of a model for a batch of data; with a `separator`, tokens after a row's first one have segment type 1.
+/// The input of a model for a batch of data. Padding on the right needs no mask where tokens see only what is before them.
+/// With a `separator`, tokens after a row's first one have segment type 1.
 ///
 /// # Errors
 /// If the batch is not rectangular.
-pub fn token_batch(batch: &Batch, separator: Option<u32>) -> Result<TokenBatch> {
-    let plain = batch.segments.iter().all(|s| *s == 0);
+pub fn token_batch(model: &Model, batch: &Batch, separator: Option<u32>) -> Result<TokenBatch> {
+    let causal = model.config().causal;
+    let plain = batch.segments.iter().all(|s| *s == 0 || (causal && *s == espalier_data::PADDING));
     let token_types = separator.map(|separator| {
         let types = |row: &[u32]| {
             let first = row.iter().position(|id| *id == separator).unwrap_or(row.len());
@@ -126,7 +128,7 @@ pub fn accumulate(
     (scale, checkpointing): (f64, bool),
     gradients: &mut Gradients,
 ) -> Result<f64> {
-    let input = token_batch(batch, targets.separator)?;
+    let input = token_batch(model, batch, targets.separator)?;
     let context = model.context(&input)?;
     let embedded = model.embed(&input)?;
     let mut x = embedded.detach();
@@ -212,7 +214,7 @@ fn chunk_loss(model: &Model, rows: &Tensor, labels: &[u32], flow: &Flow) -> Resu
 /// If the batch does not fit the model.
 pub fn evaluate(model: &Model, batch: &Batch, targets: &Targets) -> Result<f64> {
     let flow = Flow::eval();
-    let input = token_batch(batch, targets.separator)?;
+    let input = token_batch(model, batch, targets.separator)?;
     let context = model.context(&input)?;
     let mut x = model.embed(&input)?.detach();
     for i in 0..model.blocks() {

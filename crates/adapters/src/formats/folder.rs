@@ -31,6 +31,9 @@ pub struct AdapterFiles {
     pub config: AdapterConfig,
     /// Its tensors by full name in the model's naming.
     pub tensors: BTreeMap<String, Tensor>,
+    /// Copies of the base's own weights that some tools save beside the adapter, by the name of the weight; they must equal
+    /// the base's.
+    pub copies: BTreeMap<String, Tensor>,
 }
 
 /// Counts of what was written.
@@ -66,7 +69,12 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
     let file = safetensors::MappedFile::open(&path)?;
     config.base_hash = file.metadata()?.remove(BASE_HASH_KEY);
     let mut tensors = BTreeMap::new();
+    let mut copies = BTreeMap::new();
     for (key, tensor) in file.load_all(&Device::Cpu)? {
+        if let Some(path) = key.strip_prefix(PREFIX).and_then(|k| k.strip_suffix(".base_layer.weight")) {
+            copies.insert(format!("{path}.weight"), tensor);
+            continue;
+        }
         let name = name_of(&key).ok_or_else(|| {
             Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`"))
         })?;
@@ -75,7 +83,7 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
             return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
         }
     }
-    Ok(AdapterFiles { path: folder.to_owned(), config, tensors })
+    Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies })
 }
 
 fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
@@ -148,7 +156,38 @@ pub fn load(
         }
     }
     let path = files.path.join(WEIGHTS_FILE);
+    check_copies(host, &path, &files.copies)?;
     attach(host, &files.config, Origin::File { path: &path, tensors: files.tensors }, dtype, device)
+}
+
+/// Whether copies of base weights in an adapter's file are what the base has.
+fn check_copies(host: &mut dyn Host, path: &Path, copies: &BTreeMap<String, Tensor>) -> Result<()> {
+    let mut left: BTreeSet<&str> = copies.keys().map(String::as_str).collect();
+    host.walk(&mut |module| {
+        let name = format!("{}.weight", module.path());
+        let Some(copy) = copies.get(&name) else { return Ok(()) };
+        let own = match module {
+            ModuleMut::Linear(linear) => linear.base().dequantize(DType::F32)?,
+            ModuleMut::Embedding(embedding) => embedding.weight().frozen().to_dtype(DType::F32)?,
+            ModuleMut::Norm(norm) => norm.weight().frozen().to_dtype(DType::F32)?,
+        };
+        let copy = copy.to_dtype(DType::F32)?.to_device(own.device())?;
+        let same = own.dims() == copy.dims()
+            && own.flatten_all()?.to_vec1::<f32>()? == copy.flatten_all()?.to_vec1::<f32>()?;
+        if !same {
+            return Err(Error::format(
+                path,
+                format!("`{name}`: the file's copy of the base weight differs from the base's; it was made for another base"),
+            ));
+        }
+        left.remove(name.as_str());
+        Ok(())
+    })?;
+    // A tied head is the token table under another name.
+    match left.into_iter().find(|name| !host.head_paths().iter().any(|h| *name == format!("{h}.weight"))) {
+        Some(name) => Err(Error::format(path, format!("`{name}`: a copy of a base weight that the model does not have"))),
+        None => Ok(()),
+    }
 }
 
 /// The parameters as they are saved, with the settings that go with them: portable where the method would otherwise need

@@ -6,6 +6,7 @@
 //! Instructions are counted, so that an endless template fails instead of hanging.
 
 mod functions;
+mod repr;
 mod spans;
 
 use std::collections::BTreeMap;
@@ -71,10 +72,13 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", functions::raise_exception);
         environment.add_filter("tojson", functions::tojson);
+        environment.add_filter("string", repr::string);
+        environment.set_formatter(repr::format);
         let mut marked = false;
         for (name, text) in [("default", Some(source)), ("tool_use", tool_use)] {
             let Some(text) = text else { continue };
-            let (text, has_marks) = mark_generation(text)?;
+            // As Jinja does: whatever ends the template's lines, the text has line feeds.
+            let (text, has_marks) = mark_generation(&text.replace("\r\n", "\n").replace('\r', "\n"))?;
             marked |= has_marks;
             environment
                 .add_template_owned(name, text)

@@ -1,8 +1,22 @@
 //! Attention in plain candle operations, the whole [b, h, tq, tk] of it.
 
 use super::mask::Rules;
-use super::{AttentionSpec, Dims};
-use candle_core::{D, DType, Result, Tensor, bail};
+use super::{AttentionSpec, Dims, Segments};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
+
+/// 1 where a query sees a key, else 0: u8 [b or 1, 1, tq, tk]. Positions are compared on the host, segments on the device.
+fn visible(dims: Dims, spec: &AttentionSpec, device: &Device) -> Result<Tensor> {
+    let Dims { b, tq, tk, .. } = dims;
+    let positions = AttentionSpec { segments: None, ..spec.clone() };
+    let rules = Rules::new(dims, &positions);
+    let near: Vec<u8> = (0..tq * tk).map(|at| u8::from(rules.range(at / tk).contains(&(at % tk)))).collect();
+    let near = Tensor::from_vec(near, (1, 1, tq, tk), device)?;
+    let Some(segments) = &spec.segments else { return Ok(near) };
+    let query = Tensor::from_slice(&segments.query, (b, 1, tq, 1), device)?;
+    let key = Tensor::from_slice(&segments.key, (b, 1, 1, tk), device)?;
+    let same = query.broadcast_eq(&key)?.broadcast_mul(&query.ne(Segments::PADDING)?)?;
+    same.broadcast_mul(&near)
+}
 
 /// [`super::attention`] by definition.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
@@ -32,11 +46,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         Some(cap) => ((scores / cap)?.tanh()? * cap)?,
         None => scores,
     };
-    let rules = Rules::new(dims, spec);
-    let visible: Vec<u8> =
-        (0..b * tq * tk).map(|at| u8::from(rules.sees(at / (tq * tk), at / tk % tq, at % tk))).collect();
-    let visible = Tensor::from_vec(visible, (b, 1, tq, tk), q.device())?;
-    let open = visible.to_dtype(precise)?;
+    let open = visible(dims, spec, q.device())?.to_dtype(precise)?;
     // Hidden scores sink far below any seen one; a query that sees nothing keeps a weight of exactly zero.
     let sunk = ((&open - 1.0)? * 1e30)?;
     let scores = scores.broadcast_mul(&open)?.broadcast_add(&sunk)?;
