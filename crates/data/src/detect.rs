@@ -22,6 +22,28 @@ const PAIRS: [(&str, &str); 6] = [
     ("inputs", "targets"),
 ];
 
+/// What a prompt may depend on, by parts of column names: beside a bare question they must not be dropped.
+const GROUNDS: [&str; 15] = [
+    "context",
+    "passage",
+    "choice",
+    "option",
+    "document",
+    "abstract",
+    "paragraph",
+    "article",
+    "evidence",
+    "support",
+    "fact",
+    "hint",
+    "story",
+    "table",
+    "background",
+];
+
+/// Columns that no guessed prompt contains, whatever its name.
+const BESIDE: [&str; 5] = ["history", "system", "image", "images", "tools"];
+
 /// Names of first and second text of a classification, tried in this order.
 const TEXTS: [(&str, Option<&str>); 8] = [
     ("sentence1", Some("sentence2")),
@@ -111,13 +133,7 @@ fn by_keys(fields: &Fields) -> Outcome<Row> {
     }
     for (prompt, completion) in PAIRS {
         if fields.has(prompt) && fields.has(completion) {
-            let lost = match prompt {
-                "question" => {
-                    ["choices", "options", "context", "passage"].into_iter().find(|key| fields.is_filled(key))
-                }
-                "instruction" => ["history", "system"].into_iter().find(|key| fields.is_filled(key)),
-                _ => None,
-            };
+            let lost = fields.lost_beside(prompt);
             if let Some(key) = lost {
                 return Err(RowError::Unsupported(format!(
                     "{prompt} and {completion} come with {key:?}, which would be lost; fold it into one column and name that as prompt_column"
@@ -148,6 +164,19 @@ impl Fields {
             Some(Value::Array(list)) => !list.is_empty(),
             Some(_) => true,
         }
+    }
+
+    /// A filled column that belongs to the prompt and would not be in it.
+    fn lost_beside(&self, prompt: &str) -> Option<&str> {
+        let bare = matches!(prompt, "question" | "inputs");
+        // An instruction has room for one of these.
+        let both = prompt == "instruction" && self.is_filled("input") && self.is_filled("context");
+        self.map.keys().map(String::as_str).filter(|key| self.is_filled(key)).find(|key| {
+            let name = key.to_ascii_lowercase();
+            BESIDE.contains(&name.as_str())
+                || (bare && GROUNDS.iter().any(|part| name.contains(part)))
+                || (both && *key == "context")
+        })
     }
 
     fn keys(&self) -> String {
@@ -196,8 +225,10 @@ impl Fields {
             return Ok(Row::Messages { messages: all, tools: None });
         }
         let mut text = self.text(prompt)?;
-        if prompt == "instruction" && self.is_filled("input") {
-            text = format!("{text}\n\n{}", self.text("input")?);
+        if prompt == "instruction"
+            && let Some(input) = ["input", "context"].into_iter().find(|key| self.is_filled(key))
+        {
+            text = format!("{text}\n\n{}", self.text(input)?);
         }
         if prompt != "prompt" && matches!(prompt, "instruction" | "question") {
             text.push_str("\n\n");

@@ -195,6 +195,8 @@ fn kinds_of_rows_by_their_keys() {
         pair("a\n\n", "b")
     );
     assert_eq!(row(json!({"instruction": "a", "input": "i", "output": "b"})).unwrap(), pair("a\n\ni\n\n", "b"));
+    assert_eq!(row(json!({"instruction": "a", "context": "c", "response": "b"})).unwrap(), pair("a\n\nc\n\n", "b"));
+    assert_eq!(row(json!({"question": "a", "answer": "b", "choices": [], "context": ""})).unwrap(), pair("a\n\n", "b"));
     assert_eq!(row(json!({"question": "a", "answer": "b"})).unwrap(), pair("a\n\n", "b"));
     assert_eq!(row(json!({"inputs": "a", "targets": "b"})).unwrap(), pair("a", "b"));
     let share =
@@ -245,6 +247,10 @@ fn rows_that_would_lose_something_are_refused() {
     for value in [
         json!({"question": "q", "answer": "A", "choices": ["a", "b"]}),
         json!({"instruction": "i", "output": "o", "history": [["a", "b"]]}),
+        json!({"question": "q", "answer": "yes", "contexts": ["evidence"]}),
+        json!({"inputs": "q", "targets": "t", "Passage": "p"}),
+        json!({"instruction": "i", "input": "x", "context": "y", "output": "o"}),
+        json!({"prompt": "p", "completion": "c", "system": "s"}),
         json!({"messages": [{"role": "user", "content": "a"}], "label": false}),
     ] {
         assert_eq!(row(value).unwrap_err().reason(), "unsupported");

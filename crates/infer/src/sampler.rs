@@ -109,7 +109,7 @@ impl Sampler {
         Ok(Self { config: config.clone(), rng: ChaCha8Rng::from_seed(key), seen: Vec::new(), round: 0 })
     }
 
-    /// The next token after `history` (prompt and answer so far) by its `logits` [vocabulary], which are overwritten.
+    /// The next token after `history` (prompt and answer so far) by its logits `[vocabulary]`, which are overwritten.
     ///
     /// # Errors
     /// If a score is NaN or positive infinity, if no token has a finite score, or if the history has an id that the

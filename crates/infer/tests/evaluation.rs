@@ -5,11 +5,13 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::{BOS, VOCAB, classifier, codec, llama};
-use espalier_adapters::{Host, ModuleMut};
+use espalier_adapters::{Flow, Host, ModuleMut};
 use espalier_data::{EncodeOptions, Example, IGNORE, Message, Row, TextCodec};
-use espalier_infer::eval::{ChoiceRow, EvalOptions, choice_accuracy, classification, exact_match, perplexity};
+use espalier_infer::eval::{
+    ChoiceRow, EvalOptions, choice_accuracy, classification, exact_match, pair_separator, perplexity,
+};
 use espalier_infer::{GenerateOptions, end_ids, generate, probe, prompt_ids};
-use espalier_models::Model;
+use espalier_models::{Model, TokenBatch};
 
 /// ln p of token `place` of a row after those before, in f64.
 fn log_p(model: &Model, ids: &[u32], place: usize, id: u32) -> f64 {
@@ -26,7 +28,7 @@ fn example(ids: &[u32], trained: impl Fn(usize) -> bool, class: Option<u32>) -> 
 }
 
 fn options(batch_size: usize) -> EvalOptions {
-    EvalOptions { batch_size }
+    EvalOptions { batch_size, ..EvalOptions::default() }
 }
 
 #[test]
@@ -194,7 +196,8 @@ fn classification_counts_by_class_and_prediction() {
     let predicted: Vec<u32> = rows
         .iter()
         .map(|row| {
-            let scores: Vec<f32> = probe::logits(&model, &[row.clone()]).unwrap().get(0).unwrap().to_vec1().unwrap();
+            let scores: Vec<f32> =
+                probe::logits(&model, std::slice::from_ref(row)).unwrap().get(0).unwrap().to_vec1().unwrap();
             (0..3).max_by(|a, b| scores[*a as usize].total_cmp(&scores[*b as usize])).unwrap()
         })
         .collect();
@@ -216,6 +219,29 @@ fn classification_counts_by_class_and_prediction() {
     let error = classification(&llama(), &examples, &options(4), &mut |_, _| {}).unwrap_err().to_string();
     assert!(error.contains("`llama` cannot be used for classification"), "{error}");
     assert!(classification(&model, &[], &options(4), &mut |_, _| {}).unwrap_err().to_string().contains("nothing"));
+}
+
+#[test]
+fn texts_of_a_pair_get_segment_types() {
+    let model = classifier();
+    // 7 separates.
+    let rows: Vec<Vec<u32>> = (0..24u32).map(|i| vec![20 + i, 90 + 5 * i, 7, 255 - 3 * i, 60 + i, 7]).collect();
+    let best = |types: Vec<u32>, row: &[u32]| {
+        let mut input = TokenBatch::new(row.to_vec(), 1, row.len()).unwrap();
+        input.token_types = Some(types);
+        model.forward(&input, &Flow::eval()).unwrap().get(0).unwrap().argmax(0).unwrap().to_scalar::<u32>().unwrap()
+    };
+    let apart: Vec<_> = rows.iter().map(|row| Some(best(vec![0, 0, 0, 1, 1, 1], row))).collect();
+    let alike: Vec<_> = rows.iter().map(|row| Some(best(vec![0; 6], row))).collect();
+    assert_ne!(apart, alike);
+    let examples: Vec<Example> = rows.iter().map(|row| example(row, |_| false, Some(0))).collect();
+    let run = |separator| {
+        let options = EvalOptions { batch_size: 5, separator };
+        classification(&model, &examples, &options, &mut |_, _| {}).unwrap().predictions
+    };
+    assert_eq!(run(Some(7)), apart);
+    assert_eq!(run(None), alike);
+    assert_eq!(pair_separator(&model, &codec()), None);
 }
 
 #[test]

@@ -97,7 +97,8 @@ impl Eval {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
         };
-        let options = EvalOptions { batch_size: self.batch_size };
+        let separator = eval::pair_separator(&loaded.model, &loaded.codec);
+        let options = EvalOptions { batch_size: self.batch_size, separator };
         let (name, mut values) = match metric {
             Metric::Perplexity | Metric::Auto => {
                 let examples = self.examples(&loaded)?;

@@ -37,7 +37,7 @@ pub struct Classification {
 /// Scores of a classifier over `examples`.
 ///
 /// # Errors
-/// If the model is no classifier, its scores are not finite, or no example is left.
+/// If the model is no classifier or has no segment types where a separator is given, its scores are not finite, or no example is left.
 pub fn classification(
     model: &Model,
     examples: &[Example],
@@ -51,6 +51,15 @@ pub fn classification(
             message: "it needs a model with a classification head",
         });
     };
+    if let Some(separator) = options.separator
+        && model.config().token_types.is_none_or(|types| types < 2)
+    {
+        return Err(Error::option(
+            "separator",
+            separator,
+            "the model does not tell the texts of a pair apart by segment types",
+        ));
+    }
     let mut refused = Refused::new();
     let longest = max_length(model.config());
     let mut used = Vec::new();
@@ -74,7 +83,9 @@ pub fn classification(
     for batch in batches(model, &lengths, options)? {
         let members: Vec<_> = batch.iter().filter_map(|i| used.get(*i)).collect();
         let rows: Vec<Vec<u32>> = members.iter().map(|(_, example, _)| example.input_ids.clone()).collect();
-        let scores = model.forward(&TokenBatch::padded(&rows, pad)?, &Flow::eval())?;
+        let mut input = TokenBatch::padded(&rows, pad)?;
+        input.token_types = options.separator.map(|separator| segment_types(&input, separator));
+        let scores = model.forward(&input, &Flow::eval())?;
         let scores: Vec<Vec<f32>> = scores.to_dtype(DType::F32)?.to_vec2()?;
         for ((index, _, class), scores) in members.iter().zip(scores) {
             let predicted = best(*index, &scores)?;
@@ -99,6 +110,15 @@ pub fn classification(
         confusion,
         predictions,
     })
+}
+
+/// 1 for tokens behind a row's first separator, 0 for the others.
+fn segment_types(input: &TokenBatch, separator: u32) -> Vec<u32> {
+    let types = |row: &[u32]| {
+        let first = row.iter().position(|id| *id == separator).unwrap_or(row.len());
+        (0..row.len()).map(move |i| u32::from(i > first)).collect::<Vec<_>>()
+    };
+    input.ids.chunks(input.length.max(1)).flat_map(types).collect()
 }
 
 /// The first of the largest scores.

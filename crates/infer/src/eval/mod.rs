@@ -13,6 +13,7 @@ mod question;
 
 use std::collections::BTreeMap;
 
+use espalier_data::TextCodec;
 use espalier_models::Model;
 use serde::{Deserialize, Serialize};
 
@@ -37,12 +38,21 @@ pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 pub struct EvalOptions {
     /// Sequences that run together.
     pub batch_size: usize,
+    /// Classification: the token behind the first text of a pair; those after it get segment type 1. See
+    /// [`pair_separator`].
+    pub separator: Option<u32>,
 }
 
 impl Default for EvalOptions {
     fn default() -> Self {
-        Self { batch_size: 16 }
+        Self { batch_size: 16, separator: None }
     }
+}
+
+/// The token between the texts of a pair, where the model tells them apart by segment types (BERT's `[SEP]`).
+pub fn pair_separator(model: &Model, codec: &TextCodec) -> Option<u32> {
+    model.config().token_types.filter(|types| *types > 1)?;
+    codec.tokenizer()?.token_to_id("[SEP]")
 }
 
 /// Counts one refused row.
