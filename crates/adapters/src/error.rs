@@ -125,9 +125,7 @@ impl Error {
                 "load the base it was trained on, or pass --allow-base to use it all the same (results will differ)"
                     .into(),
             ),
-            Self::NoTarget { .. } => {
-                Some("list the modules of a model with `espalier inspect MODEL --modules`".into())
-            }
+            Self::NoTarget { .. } => Some("list the modules of a model with `espalier inspect MODEL --modules`".into()),
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Some("free some space; earlier files are untouched".into())
             }

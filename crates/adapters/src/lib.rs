@@ -12,6 +12,7 @@ pub mod attach;
 pub mod combine;
 pub mod config;
 pub mod decomposition;
+mod embedding;
 pub mod error;
 pub mod flow;
 pub mod formats;

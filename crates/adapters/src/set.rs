@@ -53,10 +53,9 @@ impl AdapterSet {
     /// # Errors
     /// If there is none.
     pub fn get(&self, name: &str) -> Result<&Attached> {
-        self.adapters.get(name).ok_or_else(|| Error::NoAdapter {
-            name: name.to_owned(),
-            loaded: self.adapters.keys().cloned().collect(),
-        })
+        self.adapters
+            .get(name)
+            .ok_or_else(|| Error::NoAdapter { name: name.to_owned(), loaded: self.adapters.keys().cloned().collect() })
     }
 
     /// Names of all adapters.
@@ -79,9 +78,7 @@ impl AdapterSet {
             let rest: Vec<_> = self.active.iter().filter(|(n, _)| n != name).cloned().collect();
             self.activate(host, &rest.iter().map(|(n, w)| (n.as_str(), *w)).collect::<Vec<_>>())?;
         }
-        self.adapters
-            .remove(name)
-            .ok_or_else(|| Error::NoAdapter { name: name.to_owned(), loaded: Vec::new() })
+        self.adapters.remove(name).ok_or_else(|| Error::NoAdapter { name: name.to_owned(), loaded: Vec::new() })
     }
 
     /// Empties all slots: the base model alone. [`Self::activate`] puts adapters back.

@@ -21,6 +21,9 @@ pub enum Pattern {
     Endings(Vec<String>),
 }
 
+/// Says of a module path whether it is meant.
+type PathFilter = Box<dyn Fn(&str) -> bool>;
+
 /// Every linear map except the output head.
 pub const ALL_LINEAR: &str = "all-linear";
 
@@ -226,7 +229,7 @@ impl TargetSpec {
     }
 
     /// Whether a path lies in one of the layers asked for.
-    fn layer_filter(&self) -> Result<Box<dyn Fn(&str) -> bool>> {
+    fn layer_filter(&self) -> Result<PathFilter> {
         let Some(layers) = &self.layers_to_transform else { return Ok(Box::new(|_| true)) };
         let wanted = match layers {
             Layers::One(layer) => vec![*layer],

@@ -16,8 +16,8 @@ pub(crate) struct RecipeFlags {
 
 impl RecipeFlags {
     /// The resolved recipe.
-    pub(crate) fn recipe(&self) -> espalier_train::Result<Recipe> {
-        Recipe::read(self.file.as_deref(), &self.settings)
+    pub(crate) fn recipe(&self) -> anyhow::Result<Recipe> {
+        Ok(Recipe::read(self.file.as_deref(), &self.settings)?)
     }
 }
 
@@ -27,14 +27,18 @@ fn flag(name: &str) -> String {
 
 fn default_text(default: &str) -> Option<String> {
     let text = default.trim().trim_end_matches(".into()").trim_matches('"');
-    let empty = ["None", "String::new()", "DataList::default()", "OneOrMany::default()"].contains(&text) || text.is_empty();
+    let empty =
+        ["None", "String::new()", "DataList::default()", "OneOrMany::default()"].contains(&text) || text.is_empty();
     (!empty).then(|| text.to_owned())
 }
 
 impl Args for RecipeFlags {
     fn augment_args(mut command: Command) -> Command {
         command = command.arg(
-            Arg::new("recipe").value_name("RECIPE").value_parser(clap::value_parser!(PathBuf)).help("Recipe file (TOML)"),
+            Arg::new("recipe")
+                .value_name("RECIPE")
+                .value_parser(clap::value_parser!(PathBuf))
+                .help("Recipe file (TOML)"),
         );
         command = command.arg(
             Arg::new("set")
@@ -63,13 +67,8 @@ impl Args for RecipeFlags {
         }
         for key in adapter_keys() {
             let id = format!("adapter.{}", key.name);
-            command = command.arg(
-                Arg::new(id)
-                    .long(flag(&key.name))
-                    .value_name("VALUE")
-                    .help(key.doc)
-                    .help_heading("Adapter keys"),
-            );
+            command = command
+                .arg(Arg::new(id).long(flag(&key.name)).value_name("VALUE").help(key.doc).help_heading("Adapter keys"));
         }
         command
     }
@@ -100,7 +99,10 @@ impl FromArgMatches for RecipeFlags {
             let text = match values.as_slice() {
                 [] => continue,
                 [one] => (*one).clone(),
-                many => format!("[{}]", many.iter().map(|v| toml::Value::from(v.as_str()).to_string()).collect::<Vec<_>>().join(", ")),
+                many => format!(
+                    "[{}]",
+                    many.iter().map(|v| toml::Value::from(v.as_str()).to_string()).collect::<Vec<_>>().join(", ")
+                ),
             };
             flags.settings.push(Setting { key: key.name.into(), text });
         }

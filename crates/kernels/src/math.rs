@@ -18,7 +18,7 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     let x = if x > 89.0 { 89.0 } else { x };
     let shifted = madd::<FMA>(x, std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = madd::<FMA>(n, -0.693_359_375, x);
+    let r = madd::<FMA>(n, -0.693_359_4, x);
     let r = madd::<FMA>(n, 2.121_944_4e-4, r);
     let p = madd::<FMA>(1.987_569_2e-4, r, 1.398_199_9e-3);
     let p = madd::<FMA>(p, r, 8.333_452e-3);
@@ -45,7 +45,7 @@ pub(crate) fn sigmoid<const FMA: bool>(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn tanh<const FMA: bool>(x: f32) -> f32 {
     let z = x * x;
-    let p = madd::<FMA>(-5.704_988_7e-3, z, 2.063_908_9e-2);
+    let p = madd::<FMA>(-5.704_989e-3, z, 2.063_908_9e-2);
     let p = madd::<FMA>(p, z, -5.373_971_6e-2);
     let p = madd::<FMA>(p, z, 1.333_144_2e-1);
     let p = madd::<FMA>(p, z, -3.333_328e-1);

@@ -30,7 +30,9 @@ impl Attention {
         let c: &ModelConfig = build.config;
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let qkv = match c.names.qkv {
-            Projections::Fused(name) => vec![build.linear(&format!("{block}.{name}"), q + 2 * kv, c.hidden, c.qkv_bias)?],
+            Projections::Fused(name) => {
+                vec![build.linear(&format!("{block}.{name}"), q + 2 * kv, c.hidden, c.qkv_bias)?]
+            }
             Projections::Split(names) => names
                 .iter()
                 .zip([q, kv, kv])
@@ -38,9 +40,8 @@ impl Attention {
                 .collect::<Result<_>>()?,
         };
         let o = build.linear(&format!("{block}.{}", c.names.o), c.hidden, q, c.o_bias)?;
-        let mut head_norm = |name: &str| {
-            c.qk_norm.then(|| build.norm(&format!("{block}.self_attn.{name}"), c.head_dim)).transpose()
-        };
+        let mut head_norm =
+            |name: &str| c.qk_norm.then(|| build.norm(&format!("{block}.self_attn.{name}"), c.head_dim)).transpose();
         let (q_norm, k_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);
         Ok(Self { qkv, o, q_norm, k_norm, heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, layer })
     }

@@ -66,12 +66,8 @@ impl Block {
         let c = build.config;
         let attention = Attention::load(build, path, layer)?;
         let mlp = Mlp::load(build, path)?;
-        let norms = c
-            .names
-            .norms
-            .iter()
-            .map(|name| build.norm(&format!("{path}.{name}"), c.hidden))
-            .collect::<Result<_>>()?;
+        let norms =
+            c.names.norms.iter().map(|name| build.norm(&format!("{path}.{name}"), c.hidden)).collect::<Result<_>>()?;
         Ok(Self { attention, mlp, norms, placement: c.placement })
     }
 

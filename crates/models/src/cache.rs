@@ -28,7 +28,8 @@ impl LayerCache {
             let (b, _, heads, width) = new.dims4()?;
             let capacity = slot.as_ref().map_or(Ok(0), |s| s.dim(1))?;
             if total > capacity {
-                let grown = Tensor::zeros((b, total.next_power_of_two().max(64), heads, width), new.dtype(), new.device())?;
+                let grown =
+                    Tensor::zeros((b, total.next_power_of_two().max(64), heads, width), new.dtype(), new.device())?;
                 if let Some(old) = slot.as_ref() {
                     grown.slice_set(&old.narrow(1, 0, self.length)?.contiguous()?, 1, 0)?;
                 }

@@ -57,7 +57,8 @@ fn rotary(spec: &RopeSpec, input: &TokenBatch, dtype: DType, device: &Device) ->
     let positions = if same { &input.positions[..t.min(input.positions.len())] } else { &input.positions[..] };
     let rows = positions.len() / t.max(1);
     // Angles as transformers computes them: an f32 product of an f32 frequency and the position.
-    let angle = |p: &u32, f: &f64| if dtype == DType::F64 { f64::from(*p) * f } else { f64::from(*p as f32 * *f as f32) };
+    let angle =
+        |p: &u32, f: &f64| if dtype == DType::F64 { f64::from(*p) * f } else { f64::from(*p as f32 * *f as f32) };
     let table = |wave: fn(f64) -> f64| -> Result<Tensor> {
         let values: Vec<f64> =
             positions.iter().flat_map(|p| frequencies.iter().map(move |f| wave(angle(p, f)) * factor)).collect();

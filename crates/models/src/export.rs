@@ -117,7 +117,8 @@ impl Model {
                     let names: Vec<String> = (0..labels).map(|i| format!("LABEL_{i}")).collect();
                     let to: serde_json::Map<_, _> =
                         names.iter().enumerate().map(|(i, n)| (i.to_string(), json!(n))).collect();
-                    let back: serde_json::Map<_, _> = names.iter().enumerate().map(|(i, n)| (n.clone(), json!(i))).collect();
+                    let back: serde_json::Map<_, _> =
+                        names.iter().enumerate().map(|(i, n)| (n.clone(), json!(i))).collect();
                     keys.insert("id2label".into(), to.into());
                     keys.insert("label2id".into(), back.into());
                 }

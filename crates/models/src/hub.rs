@@ -43,5 +43,8 @@ pub fn fetch(id: &str, revision: Option<&str>) -> Result<PathBuf> {
         let path = repo.get(&name).map_err(|e| failed(&name, &e))?;
         folder = path.parent().map(PathBuf::from);
     }
-    folder.ok_or_else(|| Error::NotAModel { path: PathBuf::from(id), message: "the repository holds no model files".into() })
+    folder.ok_or_else(|| Error::NotAModel {
+        path: PathBuf::from(id),
+        message: "the repository holds no model files".into(),
+    })
 }

@@ -114,11 +114,9 @@ fn check_used(source: &dyn WeightSource, config: &ModelConfig) -> Result<()> {
     let classifier = config.head != HeadSpec::Causal;
     // Heads of another task, which a classifier built on the same body leaves aside; and a tied head stored twice.
     let aside = |name: &String| {
-        (classifier && ["cls.", "lm_head.", "qa_outputs."].iter().any(|p| name.starts_with(p)))
-            || (classifier && name.ends_with("pooler.dense.weight"))
-            || (classifier && name.ends_with("pooler.dense.bias"))
-            || (config.tied && name == "lm_head.weight")
-            || (classifier && name.starts_with(config.names.head))
+        let other_task = ["cls.", "lm_head.", "qa_outputs.", config.names.head].iter().any(|p| name.starts_with(p));
+        let pooler = ["pooler.dense.weight", "pooler.dense.bias"].iter().any(|p| name.ends_with(p));
+        (classifier && (other_task || pooler)) || (config.tied && name == "lm_head.weight")
     };
     let unused: Vec<String> = source.unused().into_iter().filter(|n| !aside(n)).collect();
     if source.missing().is_empty() && unused.is_empty() {

@@ -66,7 +66,19 @@ impl Model {
             };
         }
         let device = options.device.clone();
-        Ok(Self { config, embed, position, token_type, embed_norm, blocks, norm, head, device, dtype: options.dtype, provenance })
+        Ok(Self {
+            config,
+            embed,
+            position,
+            token_type,
+            embed_norm,
+            blocks,
+            norm,
+            head,
+            device,
+            dtype: options.dtype,
+            provenance,
+        })
     }
 
     /// The architecture.
@@ -238,7 +250,10 @@ impl Model {
     pub fn advance(&self, input: &TokenBatch, cache: &mut KvCache, flow: &Flow) -> Result<Tensor> {
         input.check()?;
         if self.config.labels().is_some() || !self.config.causal {
-            return Err(Error::Input(format!("`{}` does not predict tokens, so it cannot generate", self.config.family)));
+            return Err(Error::Input(format!(
+                "`{}` does not predict tokens, so it cannot generate",
+                self.config.family
+            )));
         }
         let segments = cache.advance(input)?;
         let context = Context::new(&self.config, input, segments, self.dtype, &self.device)?;

@@ -13,10 +13,30 @@ use espalier_models::Model;
 const TOLERANCE: f64 = 1e-4;
 
 const CASES: &[&str] = &[
-    "lora_all", "rslora_patterns", "lora_layers", "lora_regex", "dora", "lora_bias", "lora_bias_all", "modules_to_save",
-    "trainable_tokens", "trainable_tokens_untied", "lora_embedding", "lora_embedding_untied", "gpt2_lora", "gpt2_dora",
-    "phi3_lora", "phi3_dora", "bert_lora", "roberta_lora", "pissa", "olora", "gemma2_lora", "qwen3_lora",
-    "mistral_lora", "qwen2_dora",
+    "lora_all",
+    "rslora_patterns",
+    "lora_layers",
+    "lora_regex",
+    "dora",
+    "lora_bias",
+    "lora_bias_all",
+    "modules_to_save",
+    "trainable_tokens",
+    "trainable_tokens_untied",
+    "lora_embedding",
+    "lora_embedding_untied",
+    "gpt2_lora",
+    "gpt2_dora",
+    "phi3_lora",
+    "phi3_dora",
+    "bert_lora",
+    "roberta_lora",
+    "pissa",
+    "olora",
+    "gemma2_lora",
+    "qwen3_lora",
+    "mistral_lora",
+    "qwen2_dora",
 ];
 
 struct Case {
@@ -160,7 +180,12 @@ fn refusals_name_what_is_wrong() {
     let mut files = folder::read(temp.path()).unwrap();
     let (name, tensor) = files.tensors.pop_first().unwrap();
     let mut model = load(&golden().join("families/llama_gqa_tied"));
-    let again = folder::AdapterFiles { path: files.path.clone(), config: files.config.clone(), tensors: files.tensors.clone(), copies: files.copies.clone() };
+    let again = folder::AdapterFiles {
+        path: files.path.clone(),
+        config: files.config.clone(),
+        tensors: files.tensors.clone(),
+        copies: files.copies.clone(),
+    };
     let error = folder::load(&mut model, again, false, DType::F32, &Device::Cpu).unwrap_err().to_string();
     assert!(error.contains(&name), "{error}");
     files.tensors.insert(name.replace("layers.0", "layers.7"), tensor);

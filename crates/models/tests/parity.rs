@@ -16,8 +16,23 @@ use espalier_models::{LoadOptions, Model, TokenBatch};
 const TOLERANCE: f64 = 1e-4;
 
 const FAMILIES: &[&str] = &[
-    "llama1", "llama_gqa_tied", "llama3_rope", "llama_linear", "llama_dynamic", "llama_yarn", "llama_bias", "mistral",
-    "qwen2", "qwen3", "phi3", "phi3_longrope", "phi3_partial", "gemma2", "gpt2", "bert", "roberta",
+    "llama1",
+    "llama_gqa_tied",
+    "llama3_rope",
+    "llama_linear",
+    "llama_dynamic",
+    "llama_yarn",
+    "llama_bias",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "phi3_longrope",
+    "phi3_partial",
+    "gemma2",
+    "gpt2",
+    "bert",
+    "roberta",
 ];
 
 fn check(name: &str, what: &str, ours: &Tensor, theirs: &Tensor, worst: &mut Vec<String>) {
@@ -80,7 +95,8 @@ fn bf16_stays_within_its_rounding() {
         let options = LoadOptions { dtype: DType::BF16, ..LoadOptions::cpu() };
         let model = Model::load(&folder, &options).unwrap();
         let ours = logits(&model, &expected["ids"]);
-        let scale = expected["logits"].abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+        let scale =
+            expected["logits"].abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
         let d = difference(&ours, &expected["logits"]) / f64::from(scale);
         eprintln!("{name:16} bf16 relative {d:.2e}");
         // Eight bits of mantissa (4e-3) through two blocks of sharpened attention.
@@ -97,12 +113,9 @@ fn gradients_equal_transformers() {
         let wanted: Vec<&str> = expected.keys().filter_map(|k| k.strip_prefix("grad.")).collect();
         let modules: Vec<String> =
             wanted.iter().map(|n| n.trim_end_matches(".weight").trim_end_matches(".bias").to_owned()).collect();
-        let config = AdapterConfig {
-            modules_to_save: modules,
-            ..AdapterConfig::new(MethodConfig::by_name("lora").unwrap())
-        };
-        let attached =
-            attach(&mut model, &config, Origin::Seed(0), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let config =
+            AdapterConfig { modules_to_save: modules, ..AdapterConfig::new(MethodConfig::by_name("lora").unwrap()) };
+        let attached = attach(&mut model, &config, Origin::Seed(0), DType::F32, &candle_core::Device::Cpu).unwrap();
         let parameters = attached.parameters.clone();
         let mut set = AdapterSet::new();
         set.add("a", attached).unwrap();
@@ -137,7 +150,12 @@ fn the_cache_gives_the_scores_of_the_whole_pass() {
         let folder = golden().join("families").join(name);
         let expected = tensors(&folder.join("expected.safetensors"));
         let model = load(&folder);
-        let ids = rows(expected.get("ids_long").filter(|_| !name.contains("dynamic") && !name.contains("longrope")).unwrap_or(&expected["ids"]));
+        let ids = rows(
+            expected
+                .get("ids_long")
+                .filter(|_| !name.contains("dynamic") && !name.contains("longrope"))
+                .unwrap_or(&expected["ids"]),
+        );
         let length = ids[0].len();
         let whole = logits(&model, &Tensor::new(ids.clone(), model.device()).unwrap());
         for chunk in [1, 5] {

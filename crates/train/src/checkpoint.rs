@@ -115,7 +115,8 @@ pub fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
 pub fn save(folder: &Path, state: &State, parameters: &ParameterMap, optimizer: &AdamW) -> Result<PathBuf> {
     let path = folder.join(folder_name(state.step));
     atomic::replace_folder(&path, |temp| -> Result<()> {
-        let entries = parameters.trainable().map(|p| safetensors::Entry::of(p.name.clone(), &p.tensor.detach())).collect();
+        let entries =
+            parameters.trainable().map(|p| safetensors::Entry::of(p.name.clone(), &p.tensor.detach())).collect();
         safetensors::write(&temp.join(PARAMETERS), entries, &BTreeMap::new())?;
         let entries = optimizer.state().iter().map(|(n, t)| safetensors::Entry::of(n.clone(), t)).collect();
         safetensors::write(&temp.join(OPTIMIZER), entries, &BTreeMap::new())?;

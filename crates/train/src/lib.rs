@@ -18,6 +18,7 @@ pub mod session;
 pub mod setup;
 pub mod tape;
 pub mod trainer;
+mod training;
 
 pub use error::{Error, Result};
 pub use observer::{Observer, Silent};

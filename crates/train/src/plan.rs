@@ -3,9 +3,9 @@
 use espalier_data::{TextCodec, TokenView, describe_example};
 use serde::Serialize;
 
+use crate::Result;
 use crate::memory::{self, Estimate};
 use crate::trainer::Run;
-use crate::Result;
 
 /// An adapted module.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -95,7 +95,8 @@ impl Run {
             .collect();
         let patterns = attached.placement.counts.clone();
         let mut dense: Vec<String> = attached.dense.iter().map(|d| format!("{}.{}", d.path, d.part)).collect();
-        dense.extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
+        dense
+            .extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
         let method = attached.config.method.name().to_owned();
         let trainable_parameters = attached.parameters.trainable_count();
         let mut storage = std::collections::BTreeMap::new();
@@ -112,7 +113,10 @@ impl Run {
             }
             Ok(())
         })?;
-        let source = |(path, report): &(String, espalier_data::Report)| SourcePlan { path: path.clone(), report: report.clone() };
+        let source = |(path, report): &(String, espalier_data::Report)| SourcePlan {
+            path: path.clone(),
+            report: report.clone(),
+        };
         let data: Vec<SourcePlan> = self.data.reports.iter().map(source).collect();
         let (tokens, trained) =
             data.iter().fold((0, 0), |(t, l), s| (t + s.report.tokens, l + s.report.trained_tokens));

@@ -133,7 +133,11 @@ pub fn quickstart(
     let mut run = Run::prepare(recipe(&data, out, size.steps))?;
     let plan = run.plan(0)?;
     let rows = test_rows(size.test_rows)?;
-    say(&format!("1/5 asking the base model {} unseen questions of the skill `{}`", rows.len(), QUICKSTART_SKILL.name()));
+    say(&format!(
+        "1/5 asking the base model {} unseen questions of the skill `{}`",
+        rows.len(),
+        QUICKSTART_SKILL.name()
+    ));
     run.adapters.disable(&mut run.model)?;
     let before = score(&run.model, &run, &rows)?;
     run.adapters.activate(&mut run.model, &[(&run.name, 1.0)])?;
@@ -143,19 +147,16 @@ pub fn quickstart(
         plan.trainable_parameters,
         plan.base_parameters
     ));
-    let options = SessionOptions {
-        scope: Scope::Adapter,
-        resume: false,
-        overwrite: true,
-        command: "espalier quickstart".into(),
-    };
+    let options =
+        SessionOptions { scope: Scope::Adapter, resume: false, overwrite: true, command: "espalier quickstart".into() };
     let session = session::run(&mut run, &plan, &options, observer, stop)?;
     let adapter = session.adapter.ok_or_else(|| Error::run(out, "no adapter was written"))?;
     say("3/5 asking again with the adapter");
     let after = score(&run.model, &run, &rows)?;
     say(&format!("    {:.0} % right; 4/5 reading the adapter back from its files", 100.0 * after.accuracy));
     let (path, load) = (run.model.provenance().path().map(Path::to_owned).unwrap_or_default(), LoadOptions::cpu());
-    let mut fresh = Model::load(&path, &LoadOptions { dtype: run.model.dtype(), device: run.model.device().clone(), ..load })?;
+    let mut fresh =
+        Model::load(&path, &LoadOptions { dtype: run.model.dtype(), device: run.model.device().clone(), ..load })?;
     let device = fresh.device().clone();
     let attached = folder::load(&mut fresh, folder::read(&adapter)?, false, DType::F32, &device)?;
     let mut adapters = espalier_adapters::AdapterSet::new();

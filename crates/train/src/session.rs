@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use espalier_adapters::formats::{atomic, folder};
 use espalier_adapters::Host;
+use espalier_adapters::formats::{atomic, folder};
 use espalier_models::export::{ExportOptions, copy_companions};
 use serde::Serialize;
 
@@ -65,11 +65,8 @@ impl Observer for Recorder<'_> {
 
     fn step(&mut self, record: &StepRecord) -> Result<()> {
         self.metrics.append(&Record::from(record.clone()))?;
-        let mut values = vec![
-            ("train/loss", record.loss),
-            ("train/lr", record.lr),
-            ("train/tokens_per_s", record.tokens_per_s),
-        ];
+        let mut values =
+            vec![("train/loss", record.loss), ("train/lr", record.lr), ("train/tokens_per_s", record.tokens_per_s)];
         values.extend(record.grad_norm.map(|norm| ("train/grad_norm", norm)));
         values.extend(record.memory_bytes.map(|bytes| ("train/memory_bytes", bytes as f64)));
         self.events.scalars(record.step, values)?;
@@ -142,14 +139,7 @@ pub fn run(
         }
     };
     report(run, &files, &outcome, plan, &recipe, &options.command, &notices)?;
-    Ok(SessionOutcome {
-        outcome,
-        adapter,
-        model,
-        tensors,
-        report: files.report(),
-        folder: files.root().to_owned(),
-    })
+    Ok(SessionOutcome { outcome, adapter, model, tensors, report: files.report(), folder: files.root().to_owned() })
 }
 
 /// Removes what an earlier run left in the folder, and nothing else.
@@ -303,9 +293,9 @@ fn report(
     page = page.heading("Sites").table(
         "Adapted modules",
         ["module", "rank", "alpha", "parameters"],
-        plan.sites.iter().map(|s| {
-            vec![s.path.clone(), s.rank.to_string(), s.alpha.to_string(), s.parameters.to_string()]
-        }),
+        plan.sites
+            .iter()
+            .map(|s| vec![s.path.clone(), s.rank.to_string(), s.alpha.to_string(), s.parameters.to_string()]),
     );
     page = page.heading("Recipe").code("Command", command).code("recipe.toml", recipe);
     page.write(files.report())?;

@@ -45,7 +45,10 @@ pub fn dtype(name: &str, device: &Device) -> Result<DType> {
         "f32" => Ok(DType::F32),
         "bf16" => Ok(DType::BF16),
         "f16" => Ok(DType::F16),
-        other => Err(Error::recipe("dtype", espalier_adapters::config::unknown_value(other, &["auto", "f32", "bf16", "f16"]))),
+        other => Err(Error::recipe(
+            "dtype",
+            espalier_adapters::config::unknown_value(other, &["auto", "f32", "bf16", "f16"]),
+        )),
     }
 }
 
@@ -286,11 +289,8 @@ pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<
         })
         .filter(|p| !p.is_empty())
         .collect();
-    let eval = if eval_parts.is_empty() {
-        None
-    } else {
-        Some(Batcher::new(Mixture::new(eval_parts, None)?, eval_options)?)
-    };
+    let eval =
+        if eval_parts.is_empty() { None } else { Some(Batcher::new(Mixture::new(eval_parts, None)?, eval_options)?) };
     let key = espalier_adapters::formats::hash::of_parts(keys.iter().map(String::as_bytes));
     Ok(Data { train, eval, reports, eval_reports, key, stores: all })
 }
@@ -303,14 +303,18 @@ pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
     let device = model.device().clone();
     if let Some(path) = &recipe.init_adapter {
         if !recipe.adapter.is_empty() {
-            return Err(Error::recipe("init_adapter", "the saved adapter brings its own settings; drop those of [adapter]"));
+            return Err(Error::recipe(
+                "init_adapter",
+                "the saved adapter brings its own settings; drop those of [adapter]",
+            ));
         }
         let files = folder::read(Path::new(path))?;
         return Ok(folder::load(model, files, recipe.allow_base, DType::F32, &device)?);
     }
     let mut config = recipe.adapter_config()?;
     config.base = Some(base_name(recipe, model));
-    config.task = Some(if model.config().labels().is_some() { TaskType::SequenceClassification } else { TaskType::CausalLm });
+    config.task =
+        Some(if model.config().labels().is_some() { TaskType::SequenceClassification } else { TaskType::CausalLm });
     if model.config().labels().is_some() && config.modules_to_save.is_empty() {
         config.modules_to_save = model.head_paths();
     }

@@ -75,9 +75,8 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
             copies.insert(format!("{path}.weight"), tensor);
             continue;
         }
-        let name = name_of(&key).ok_or_else(|| {
-            Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`"))
-        })?;
+        let name = name_of(&key)
+            .ok_or_else(|| Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`")))?;
         check_finite(&path, &key, &tensor)?;
         if tensors.insert(name.clone(), tensor).is_some() {
             return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
@@ -177,7 +176,9 @@ fn check_copies(host: &mut dyn Host, path: &Path, copies: &BTreeMap<String, Tens
         if !same {
             return Err(Error::format(
                 path,
-                format!("`{name}`: the file's copy of the base weight differs from the base's; it was made for another base"),
+                format!(
+                    "`{name}`: the file's copy of the base weight differs from the base's; it was made for another base"
+                ),
             ));
         }
         left.remove(name.as_str());
@@ -185,7 +186,9 @@ fn check_copies(host: &mut dyn Host, path: &Path, copies: &BTreeMap<String, Tens
     })?;
     // A tied head is the token table under another name.
     match left.into_iter().find(|name| !host.head_paths().iter().any(|h| *name == format!("{h}.weight"))) {
-        Some(name) => Err(Error::format(path, format!("`{name}`: a copy of a base weight that the model does not have"))),
+        Some(name) => {
+            Err(Error::format(path, format!("`{name}`: a copy of a base weight that the model does not have")))
+        }
         None => Ok(()),
     }
 }
@@ -226,7 +229,8 @@ fn listed_targets(host: &mut dyn Host, adapter: &Attached) -> Result<Pattern> {
     let ending = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
     let endings: BTreeSet<String> = sites.iter().map(|path| ending(path)).collect();
     let same = candidates(host)?.iter().all(|c| sites.contains(c.path.as_str()) == endings.contains(&ending(&c.path)));
-    let narrowed = adapter.config.targets.layers_to_transform.is_some() || adapter.config.targets.exclude_modules.is_some();
+    let narrowed =
+        adapter.config.targets.layers_to_transform.is_some() || adapter.config.targets.exclude_modules.is_some();
     Ok(Pattern::Endings(if same || narrowed {
         endings.into_iter().collect()
     } else {
@@ -254,7 +258,8 @@ pub fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Sa
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), (BASE_HASH_KEY.to_owned(), hash)]);
     let json = peft_config::to_json(&config)?;
     let bytes = safetensors::write(&folder.join(WEIGHTS_FILE), entries, &metadata)?;
-    let text = serde_json::to_string_pretty(&json).map_err(|e| Error::format(folder.join(CONFIG_FILE), e.to_string()))?;
+    let text =
+        serde_json::to_string_pretty(&json).map_err(|e| Error::format(folder.join(CONFIG_FILE), e.to_string()))?;
     atomic::write(&folder.join(CONFIG_FILE), |out| writeln!(out, "{text}"))?;
     Ok(Saved { tensors, bytes })
 }

@@ -91,14 +91,9 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
     };
     let mut take = |key: &str| keys.remove(key).filter(|v| !v.is_null());
     let mut targets = Map::new();
-    for key in [
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-    ] {
+    for key in
+        ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"]
+    {
         if let Some(value) = take(key) {
             targets.insert(key.into(), value);
         }

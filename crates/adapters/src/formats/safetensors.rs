@@ -149,7 +149,10 @@ pub fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
         DType::I64 => le(&flat, i64::to_le_bytes),
         DType::U32 => le(&flat, u32::to_le_bytes),
         DType::U8 => Ok(flat.to_vec1::<u8>()?),
-        other => Err(Error::unsupported(format!("writing dtype {other:?}"), "safetensors files here hold floats, i64, u32, u8")),
+        other => Err(Error::unsupported(
+            format!("writing dtype {other:?}"),
+            "safetensors files here hold floats, i64, u32, u8",
+        )),
     }
 }
 
@@ -197,8 +200,9 @@ pub fn write(path: &Path, mut entries: Vec<Entry<'_>>, metadata: &BTreeMap<Strin
     }
     let mut offset = 0u64;
     for entry in &entries {
-        let dtype = file_dtype(entry.dtype)
-            .ok_or_else(|| Error::unsupported(format!("writing `{}`", entry.name), "its dtype has no place in the format"))?;
+        let dtype = file_dtype(entry.dtype).ok_or_else(|| {
+            Error::unsupported(format!("writing `{}`", entry.name), "its dtype has no place in the format")
+        })?;
         let size = (entry.shape.iter().product::<usize>() * entry.dtype.size_in_bytes()) as u64;
         header.insert(
             entry.name.clone(),

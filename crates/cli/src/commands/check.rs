@@ -35,7 +35,11 @@ impl fmt::Display for Report {
         let width = plan.sites.iter().map(|s| s.path.len()).max().unwrap_or(0);
         for site in &plan.sites {
             let parameters = count(site.parameters);
-            writeln!(f, "  {:width$}  rank {:>4}  alpha {:>6}  {parameters:>12} parameters", site.path, site.rank, site.alpha)?;
+            writeln!(
+                f,
+                "  {:width$}  rank {:>4}  alpha {:>6}  {parameters:>12} parameters",
+                site.path, site.rank, site.alpha
+            )?;
         }
         if !plan.dense.is_empty() {
             writeln!(f, "\nTrained whole: {}", plan.dense.join(", "))?;
@@ -54,12 +58,18 @@ impl fmt::Display for Report {
         }
         for row in &plan.rows {
             writeln!(f, "\n{} (trained tokens in [brackets])", row.place)?;
-            let text: String = row
-                .tokens
-                .iter()
-                .map(|t| if t.trained { format!("[{}]", t.text.escape_debug()) } else { t.text.escape_debug().to_string() })
-                .collect::<Vec<_>>()
-                .join("|");
+            let text: String =
+                row.tokens
+                    .iter()
+                    .map(|t| {
+                        if t.trained {
+                            format!("[{}]", t.text.escape_debug())
+                        } else {
+                            t.text.escape_debug().to_string()
+                        }
+                    })
+                    .collect::<Vec<_>>()
+                    .join("|");
             writeln!(f, "  {text}")?;
         }
         Ok(())

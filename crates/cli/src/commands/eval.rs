@@ -160,7 +160,11 @@ impl Eval {
             ..EncodeOptions::default()
         };
         let codec = loaded.codec.clone().with_options(options);
-        self.rows()?.iter().enumerate().map(|(i, row)| codec.encode(row).with_context(|| format!("row {}", i + 1))).collect()
+        self.rows()?
+            .iter()
+            .enumerate()
+            .map(|(i, row)| codec.encode(row).with_context(|| format!("row {}", i + 1)))
+            .collect()
     }
 
     fn questions(&self) -> Result<Vec<ChoiceRow>> {

@@ -123,7 +123,13 @@ impl Inspect {
             let mut model = espalier_models::Model::load(&self.path, &options)?;
             let candidates = espalier_adapters::attach::candidates(&mut model)?;
             items.extend(candidates.into_iter().map(|c| {
-                let kind = if c.head { "head" } else if c.linear { "linear" } else { "embedding" };
+                let kind = if c.head {
+                    "head"
+                } else if c.linear {
+                    "linear"
+                } else {
+                    "embedding"
+                };
                 format!("{} ({kind})", c.path)
             }));
         }

@@ -61,7 +61,12 @@ impl fmt::Display for Report {
             outcome.peak_memory_bytes.map_or(String::new(), |n| format!(", peak memory {}", bytes(n)))
         )?;
         if let Some(path) = adapter.as_ref().or(model.as_ref()) {
-            writeln!(f, "  {} ({tensors} tensors): {}", if adapter.is_some() { "adapter" } else { "model" }, path.display())?;
+            writeln!(
+                f,
+                "  {} ({tensors} tensors): {}",
+                if adapter.is_some() { "adapter" } else { "model" },
+                path.display()
+            )?;
         }
         write!(f, "  report: {}", report.display())
     }

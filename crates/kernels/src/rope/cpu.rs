@@ -31,7 +31,7 @@ impl Rope {
         let (t, heads, d) = dims;
         let sign = if self.inverse { -1.0 } else { 1.0 };
         // Angles of one sequence serve all when cos has batch 1.
-        let positions = if half == 0 { 1 } else { (cos.len() / half).max(1) };
+        let positions = cos.len().checked_div(half).unwrap_or(1).max(1);
         let mut out = zeros::<T>(x.len());
         let row = heads * d;
         let per = rows_per_piece(row, 1);

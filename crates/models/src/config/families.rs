@@ -7,8 +7,7 @@ use super::{HeadSpec, Json, ModelConfig, Names, NormPlacement, Positions, Projec
 use crate::Result;
 
 /// Values of `model_type` that are read.
-pub const SUPPORTED: &[&str] =
-    &["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bert", "roberta"];
+pub const SUPPORTED: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bert", "roberta"];
 
 const LLAMA: Names = Names {
     base: "model",
@@ -26,19 +25,11 @@ const LLAMA: Names = Names {
     head: "lm_head",
 };
 
-const PHI3: Names = Names {
-    qkv: Projections::Fused("self_attn.qkv_proj"),
-    gate_up: Projections::Fused("mlp.gate_up_proj"),
-    ..LLAMA
-};
+const PHI3: Names =
+    Names { qkv: Projections::Fused("self_attn.qkv_proj"), gate_up: Projections::Fused("mlp.gate_up_proj"), ..LLAMA };
 
 const GEMMA2: Names = Names {
-    norms: &[
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ],
+    norms: &["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"],
     ..LLAMA
 };
 

@@ -60,9 +60,7 @@ impl<'a> Json<'a> {
     }
 
     pub(crate) fn f64_opt(&self, key: &str) -> Result<Option<f64>> {
-        self.get(key)
-            .map(|v| v.as_f64().ok_or_else(|| self.error(key, format!("{v} is not a number"))))
-            .transpose()
+        self.get(key).map(|v| v.as_f64().ok_or_else(|| self.error(key, format!("{v} is not a number")))).transpose()
     }
 
     pub(crate) fn f64_or(&self, key: &str, default: f64) -> Result<f64> {
@@ -77,9 +75,7 @@ impl<'a> Json<'a> {
     }
 
     pub(crate) fn str_opt(&self, key: &str) -> Result<Option<&'a str>> {
-        self.get(key)
-            .map(|v| v.as_str().ok_or_else(|| self.error(key, format!("{v} is not a string"))))
-            .transpose()
+        self.get(key).map(|v| v.as_str().ok_or_else(|| self.error(key, format!("{v} is not a string")))).transpose()
     }
 
     pub(crate) fn floats(&self, key: &str) -> Result<Option<Vec<f64>>> {

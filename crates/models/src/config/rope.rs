@@ -204,10 +204,13 @@ fn scaling(json: &Json<'_>, nested: &Json<'_>, max_positions: usize, dim: usize)
         }
         "longrope" | "su" => {
             let list = |key: &str| -> Result<Vec<f64>> {
-                let list = nested.floats(key)?.ok_or_else(|| json.error("rope_scaling", format!("`{key}` is missing")))?;
+                let list =
+                    nested.floats(key)?.ok_or_else(|| json.error("rope_scaling", format!("`{key}` is missing")))?;
                 if list.len() != dim / 2 {
                     let found = list.len();
-                    return Err(json.error("rope_scaling", format!("`{key}` must have {} values, has {found}", dim / 2)));
+                    return Err(
+                        json.error("rope_scaling", format!("`{key}` must have {} values, has {found}", dim / 2))
+                    );
                 }
                 Ok(list)
             };
@@ -226,7 +229,9 @@ fn scaling(json: &Json<'_>, nested: &Json<'_>, max_positions: usize, dim: usize)
         other => {
             return Err(json.error(
                 "rope_scaling",
-                format!("type `{other}` is not supported (supported: default, linear, dynamic, llama3, yarn, longrope)"),
+                format!(
+                    "type `{other}` is not supported (supported: default, linear, dynamic, llama3, yarn, longrope)"
+                ),
             ));
         }
     })

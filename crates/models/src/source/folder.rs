@@ -122,9 +122,8 @@ impl FolderSource {
     fn resolve(&self, name: &str) -> Option<String> {
         let bare = name.strip_prefix(self.prefix).and_then(|n| n.strip_prefix('.'));
         let old = |n: &str| {
-            n.contains("LayerNorm.").then(|| {
-                n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-            })
+            n.contains("LayerNorm.")
+                .then(|| n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"))
         };
         let mut tries = vec![name.to_owned()];
         tries.extend(bare.map(str::to_owned));

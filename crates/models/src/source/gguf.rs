@@ -38,8 +38,10 @@ pub(crate) struct GgufSource {
 
 fn read(path: &Path) -> Result<(Content, BufReader<File>)> {
     let mut reader = BufReader::new(File::open(path).map_err(|e| Error::io(path, e))?);
-    let content = Content::read(&mut reader)
-        .map_err(|e| Error::NotAModel { path: path.to_owned(), message: format!("not a GGUF file, or truncated: {e}") })?;
+    let content = Content::read(&mut reader).map_err(|e| Error::NotAModel {
+        path: path.to_owned(),
+        message: format!("not a GGUF file, or truncated: {e}"),
+    })?;
     Ok((content, reader))
 }
 
@@ -83,8 +85,7 @@ pub(crate) fn open(path: &Path) -> Result<(ModelConfig, GgufSource)> {
             rope.scaling = RopeScaling::LongRope { long: short.clone(), short, attention: 1.0, original };
         } else if let (Some(short), Some(long)) = (short, long) {
             let stretch = config.max_positions as f64 / original as f64;
-            let attention =
-                if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / (original as f64).ln()).sqrt() };
+            let attention = if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / (original as f64).ln()).sqrt() };
             rope.scaling = RopeScaling::LongRope { short, long, attention, original };
         }
     }

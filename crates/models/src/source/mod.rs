@@ -73,7 +73,14 @@ pub(crate) trait WeightSource {
 
     /// A matrix [d_out, d_in] of a block, in the storage that the options or the file ask for; `transposed` where the file
     /// keeps [d_in, d_out].
-    fn matrix(&mut self, name: &str, d_out: usize, d_in: usize, transposed: bool, options: &LoadOptions) -> Result<FrozenWeight>;
+    fn matrix(
+        &mut self,
+        name: &str,
+        d_out: usize,
+        d_in: usize,
+        transposed: bool,
+        options: &LoadOptions,
+    ) -> Result<FrozenWeight>;
 
     /// Names asked for but not there.
     fn missing(&self) -> &[String];

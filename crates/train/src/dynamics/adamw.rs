@@ -69,8 +69,8 @@ impl AdamW {
     pub fn step(&mut self, gradients: &[Option<Tensor>], scale: f64, settings: AdamWStep) -> Result<()> {
         self.step += 1;
         let t = self.step as i32;
-        for i in 0..self.parameters.len() {
-            let Some(gradient) = &gradients[i] else { continue };
+        for (i, gradient) in gradients.iter().enumerate().take(self.parameters.len()) {
+            let Some(gradient) = gradient else { continue };
             let lr = settings.lr * self.factors[i];
             let update = Update {
                 keep: (1.0 - lr * settings.weight_decay) as f32,
@@ -112,7 +112,9 @@ impl AdamW {
             let device = self.parameters[i].device().clone();
             let mut take = |prefix: &str| match state.remove(&format!("{prefix}.{name}")) {
                 Some(t) if *t.shape() == shape => Ok(t.to_device(&device)?),
-                Some(t) => Err(Error::run(format!("{prefix}.{name}"), format!("shape {:?}, wanted {shape:?}", t.shape()))),
+                Some(t) => {
+                    Err(Error::run(format!("{prefix}.{name}"), format!("shape {:?}, wanted {shape:?}", t.shape())))
+                }
                 None => Err(Error::run(format!("{prefix}.{name}"), "missing in the optimiser's state")),
             };
             self.first[i] = take("m")?;

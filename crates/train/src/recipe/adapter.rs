@@ -21,7 +21,10 @@ pub struct AdapterKey {
 /// Keys of placement, which every method has.
 pub const ADAPTER_KEYS: &[(&str, &str)] = &[
     ("method", "Method of the adapter."),
-    ("target_modules", "Modules to adapt: all-linear, a list of path endings, or a regular expression on the whole path."),
+    (
+        "target_modules",
+        "Modules to adapt: all-linear, a list of path endings, or a regular expression on the whole path.",
+    ),
     ("exclude_modules", "Modules to leave alone: a list of path endings, or a regular expression."),
     ("layers_to_transform", "Only these layers: an index or a list."),
     ("layers_pattern", "Name of the module list that the indices count."),

@@ -6,8 +6,8 @@ pub mod values;
 
 use std::path::Path;
 
-use espalier_adapters::AdapterConfig;
 pub use adapter::{ADAPTER_KEYS, AdapterKey, adapter_keys};
+use espalier_adapters::AdapterConfig;
 pub use keys::{KEYS, Key, Recipe};
 use toml::{Table, Value};
 
@@ -84,7 +84,11 @@ impl Recipe {
     fn check(&self) -> Result<()> {
         let wrong = |key: &str, message: String| Err(Error::recipe(key, message));
         let choice = |key: &str, value: &str, known: &[&str]| {
-            if known.contains(&value) { Ok(()) } else { wrong(key, espalier_adapters::config::unknown_value(value, known)) }
+            if known.contains(&value) {
+                Ok(())
+            } else {
+                wrong(key, espalier_adapters::config::unknown_value(value, known))
+            }
         };
         choice("dtype", &self.dtype, &["auto", "f32", "bf16", "f16"])?;
         choice("quantization", &self.quantization, &["none", "nf4", "nf4-double", "int8"])?;

@@ -1,0 +1,194 @@
+//! A frozen table of token vectors with places for an adapter, trained rows, or a trained table; it can be the output head
+//! of a tied model too.
+
+use std::sync::Arc;
+
+use candle_core::{D, DType, Tensor};
+use espalier_kernels::frozen::FrozenWeight;
+
+use crate::adapter::Adapter;
+use crate::module::Dense;
+use crate::{Error, Result};
+
+/// Rows of an embedding that are trained in place of the frozen ones.
+#[derive(Debug, Clone)]
+pub struct TokenRows {
+    /// Token ids, in the order of the rows.
+    pub indices: Vec<u32>,
+    /// Rows [n, width].
+    pub values: Tensor,
+}
+
+/// A frozen table of token vectors with a place for an adapter, trained rows, or a trained table.
+#[derive(Debug, Clone)]
+pub struct Embedding {
+    path: String,
+    weight: Dense,
+    base: Arc<FrozenWeight>,
+    adapter: Option<Arc<dyn Adapter>>,
+    rows: Option<TokenRows>,
+    tied_training: bool,
+}
+
+impl Embedding {
+    /// The table `weight` [vocabulary, width] called `path`.
+    pub fn new(path: impl Into<String>, weight: Tensor) -> Result<Self> {
+        let base = Arc::new(FrozenWeight::dense(weight.clone())?);
+        Ok(Self { path: path.into(), weight: Dense::new(weight), base, adapter: None, rows: None, tied_training: true })
+    }
+
+    /// Vectors of `ids` [..] (u32) -> [.., width].
+    ///
+    /// # Errors
+    /// If an id is outside the table.
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        let shape = ids.dims().to_vec();
+        let flat = ids.flatten_all()?;
+        let weight = self.weight.get();
+        let mut out = weight.index_select(&flat, 0)?;
+        if let Some(adapter) = &self.adapter {
+            let view = adapter.low_rank(&self.base)?.filter(|v| v.gain.is_none() && v.residual.is_none());
+            let Some(view) = view else {
+                return Err(Error::unsupported(
+                    &self.path,
+                    "an embedding takes only a low-rank product as its adapter",
+                ));
+            };
+            let inner = view.a.t()?.contiguous()?.index_select(&flat, 0)?;
+            let inner = match view.rank_scale {
+                Some(c) => inner.broadcast_mul(c)?,
+                None => inner,
+            };
+            let change = (inner.matmul(&view.b.t()?)? * view.scale)?;
+            out = (out.to_dtype(change.dtype())? + change)?.to_dtype(out.dtype())?;
+        }
+        if let Some(rows) = &self.rows {
+            out = replace_rows(&out, &flat, rows)?;
+        }
+        let mut dims = shape;
+        dims.push(out.dim(D::Minus1)?);
+        Ok(out.reshape(dims)?)
+    }
+
+    /// Scores of `hidden` [n, width] against every token -> [n, vocabulary]: the output head of tied models. Trained
+    /// rows act here too, and a trained table where [`Self::set_tied_training`] says so; a low-rank adapter does not, as
+    /// in PEFT.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn scores(&self, hidden: &Tensor) -> Result<Tensor> {
+        let trained = self.weight.trained().filter(|_| self.tied_training);
+        let out = match trained {
+            Some(weight) => hidden.to_dtype(weight.dtype())?.matmul(&weight.t()?)?,
+            None => self.base.forward(hidden)?,
+        };
+        let Some(rows) = &self.rows else { return Ok(out) };
+        let index = Tensor::new(rows.indices.as_slice(), out.device())?;
+        let frozen = self.weight.frozen().index_select(&index, 0)?.to_dtype(rows.values.dtype())?;
+        let shift = (&rows.values - frozen)?;
+        let change = hidden.to_dtype(shift.dtype())?.matmul(&shift.t()?)?;
+        Ok(out.to_dtype(change.dtype())?.contiguous()?.index_add(&index, &change, 1)?)
+    }
+
+    /// Module path in the base model's naming.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The table as the linear map from one-hot tokens would be its transpose; this is the table [vocabulary, width].
+    pub fn weight(&self) -> &Dense {
+        &self.weight
+    }
+
+    /// The table, to train it.
+    pub fn weight_mut(&mut self) -> &mut Dense {
+        &mut self.weight
+    }
+
+    /// The table as a frozen map [vocabulary, width] (the output head of tied models).
+    pub fn base(&self) -> &Arc<FrozenWeight> {
+        &self.base
+    }
+
+    /// Puts an adapter in the slot, or empties it.
+    pub fn set_adapter(&mut self, adapter: Option<Arc<dyn Adapter>>) {
+        self.adapter = adapter;
+    }
+
+    /// The adapter that acts now.
+    pub fn adapter(&self) -> Option<&Arc<dyn Adapter>> {
+        self.adapter.as_ref()
+    }
+
+    /// Uses trained rows in place of the frozen ones, or none.
+    pub fn set_rows(&mut self, rows: Option<TokenRows>) {
+        self.rows = rows;
+    }
+
+    /// Whether a trained table also serves as the output head of a tied model (PEFT's default keeps the frozen one there).
+    pub fn set_tied_training(&mut self, tied: bool) {
+        self.tied_training = tied;
+    }
+
+    /// Whether anything acts on the table.
+    pub fn is_changed(&self) -> bool {
+        self.adapter.is_some() || self.rows.is_some() || self.weight.trained().is_some()
+    }
+
+    /// Whether everything that acts on the table acts on the output head of a tied model as well.
+    pub fn change_reaches_head(&self) -> bool {
+        self.adapter.is_none() && (self.weight.trained().is_none() || self.tied_training)
+    }
+
+    /// The table with everything that acts on it written in, in the table's dtype.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn effective(&self) -> Result<Tensor> {
+        let dtype = self.weight.frozen().dtype();
+        let mut table = self.weight.get().detach().to_dtype(DType::F32)?;
+        if let Some(view) = self.adapter.as_ref().map(|a| a.low_rank(&self.base)).transpose()?.flatten() {
+            table = (table + view.dense_product(DType::F32)?.t()?)?;
+        }
+        if let Some(rows) = &self.rows {
+            let index = Tensor::new(rows.indices.as_slice(), table.device())?;
+            let values = rows.values.detach().to_dtype(DType::F32)?;
+            let shift = (values - table.index_select(&index, 0)?)?;
+            table = table.contiguous()?.index_add(&index, &shift, 0)?;
+        }
+        Ok(table.to_dtype(dtype)?)
+    }
+
+    /// Replaces the frozen table (merging).
+    ///
+    /// # Errors
+    /// If the shape differs.
+    pub fn set_table(&mut self, table: Tensor) -> Result<()> {
+        if table.dims() != self.weight.frozen().dims() {
+            return Err(Error::Shape {
+                tensor: format!("{}.weight", self.path),
+                expected: self.weight.frozen().dims().to_vec(),
+                found: table.dims().to_vec(),
+            });
+        }
+        self.base = Arc::new(FrozenWeight::dense(table.clone())?);
+        self.weight = Dense::new(table);
+        Ok(())
+    }
+}
+
+/// `out` [n, width] with the rows of trained tokens in place of the frozen ones.
+fn replace_rows(out: &Tensor, flat: &Tensor, rows: &TokenRows) -> Result<Tensor> {
+    let ids = flat.to_vec1::<u32>()?;
+    let place = |id: &u32| rows.indices.iter().position(|i| i == id);
+    if !ids.iter().any(|id| place(id).is_some()) {
+        return Ok(out.clone());
+    }
+    let picks: Vec<u32> = ids.iter().map(|id| place(id).unwrap_or(0) as u32).collect();
+    let mask: Vec<u8> = ids.iter().map(|id| u8::from(place(id).is_some())).collect();
+    let device = out.device();
+    let values = rows.values.index_select(&Tensor::from_vec(picks, flat.dims(), device)?, 0)?;
+    let mask = Tensor::from_vec(mask, (ids.len(), 1), device)?.broadcast_as(out.shape())?.contiguous()?;
+    let frozen = out.to_dtype(values.dtype())?;
+    Ok(mask.where_cond(&values, &frozen)?.to_dtype(out.dtype())?)
+}

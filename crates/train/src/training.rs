@@ -1,0 +1,288 @@
+//! The loop itself: windows of batches to gradients to updates, with evaluation, checkpoints and a way back from any stop.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use candle_core::Var;
+use espalier_adapters::Flow;
+use espalier_data::Batch;
+
+use crate::checkpoint::{self, Best, State};
+use crate::dynamics::adamw::{AdamW, AdamWStep};
+use crate::dynamics::schedule::Schedule;
+use crate::dynamics::{global_norm, rate_factors};
+use crate::objective::Targets;
+use crate::observer::Observer;
+use crate::run::metrics::{EvalRecord, StepRecord};
+use crate::tape::{self, Gradients, Start};
+use crate::trainer::{Outcome, Run};
+use crate::{Error, Result, memory};
+
+/// The moving parts of a run.
+pub(crate) struct Training<'a> {
+    run: &'a Run,
+    checkpoints: Option<PathBuf>,
+    optimizer: AdamW,
+    schedule: Schedule,
+    gradients: Gradients,
+    start: Start,
+    pub(crate) state: State,
+    pub(crate) total: usize,
+    resumed_from: Option<usize>,
+    last_saved: Option<usize>,
+    loss: f64,
+    eval_loss: Option<f64>,
+    evaluated_at: Option<usize>,
+    began: Instant,
+    first_step_s: Option<f64>,
+    timed: (u64, f64),
+    pub(crate) stopped: bool,
+    pub(crate) early_stopped: bool,
+    moved: Vec<bool>,
+}
+
+impl<'a> Training<'a> {
+    pub(crate) fn new(run: &'a Run, checkpoints: Option<&Path>, resume: bool) -> Result<Self> {
+        let parameters = run
+            .parameters
+            .trainable()
+            .map(|p| Ok((p.name.clone(), p.var()?)))
+            .collect::<Result<Vec<(String, Var)>>>()?;
+        let mut optimizer = AdamW::new(parameters, rate_factors(&run.recipe, &run.parameters)?)?;
+        let total = run.total_steps()?;
+        let mut state = State { identity: run.identity()?, ..State::default() };
+        let mut resumed_from = None;
+        if let (true, Some(folder)) = (resume, checkpoints) {
+            // A run killed before its first checkpoint starts again, to the same bits.
+            resumed_from = Some(0);
+            if let Some((_, newest)) = checkpoint::list(folder).pop() {
+                let changes = checkpoint::read_state(&newest)?.identity.changes(&state.identity);
+                if !changes.is_empty() {
+                    return Err(Error::Changed { path: newest, changes });
+                }
+                let identity = std::mem::take(&mut state.identity);
+                state = State { identity, ..checkpoint::restore(&newest, &run.parameters, &mut optimizer)? };
+                resumed_from = Some(state.step);
+            }
+        }
+        Ok(Self {
+            run,
+            checkpoints: checkpoints.map(Path::to_owned),
+            schedule: Schedule::new(&run.recipe, total),
+            gradients: Gradients::new(&run.parameters),
+            start: Start::of(&run.model, &run.parameters),
+            moved: vec![false; run.parameters.trainable().count()],
+            optimizer,
+            last_saved: resumed_from.filter(|step| *step > 0),
+            resumed_from,
+            state,
+            total,
+            loss: f64::NAN,
+            eval_loss: None,
+            evaluated_at: None,
+            began: Instant::now(),
+            first_step_s: None,
+            timed: (0, 0.0),
+            stopped: false,
+            early_stopped: false,
+        })
+    }
+
+    /// The micro-batches of the next step, all of one epoch, and moves on past them.
+    fn window(&mut self) -> Result<Vec<(Batch, Targets)>> {
+        let train = &self.run.data.train;
+        let available = train.len_per_epoch(self.state.epoch)?;
+        let count = self.run.recipe.accumulation.min(available - self.state.batch.min(available));
+        let window = (0..count)
+            .map(|i| {
+                let batch = train.batch(self.state.epoch, self.state.batch + i)?;
+                let targets = self.run.objective.targets(&batch)?;
+                Ok((batch, targets))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        self.state.batch += count;
+        if self.state.batch >= available {
+            self.state.epoch += 1;
+            self.state.batch = 0;
+        }
+        Ok(window)
+    }
+
+    pub(crate) fn step(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let started = Instant::now();
+        let recipe = &self.run.recipe;
+        let window = self.window()?;
+        let weight: usize = window.iter().map(|(_, targets)| targets.weight()).sum();
+        if weight == 0 {
+            return Err(Error::recipe(
+                "data",
+                format!("step {}: no token of its rows is trained on", self.state.step + 1),
+            ));
+        }
+        self.gradients.clear();
+        let mut sum = 0.0;
+        let mut tokens = 0u64;
+        for (part, (batch, targets)) in window.iter().enumerate() {
+            let flow = Flow::train(recipe.seed, self.state.step as u64, part as u64);
+            let how = (1.0 / weight as f64, recipe.checkpointing);
+            sum += tape::accumulate(&self.run.model, batch, targets, &flow, self.start, how, &mut self.gradients)?;
+            tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
+        }
+        let loss = sum / weight as f64;
+        self.finite("the loss", loss)?;
+        let norm = global_norm(self.gradients.sums())?;
+        self.finite("the gradient's norm", norm)?;
+        self.watch_gradients()?;
+        let clip = recipe.max_grad_norm;
+        let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let lr = recipe.lr * self.schedule.factor(self.state.step);
+        let settings = AdamWStep {
+            lr,
+            beta1: recipe.beta1,
+            beta2: recipe.beta2,
+            eps: recipe.adam_eps,
+            weight_decay: recipe.weight_decay,
+        };
+        self.optimizer.step(self.gradients.sums(), scale, settings)?;
+        let seconds = started.elapsed().as_secs_f64();
+        if self.first_step_s.is_none() {
+            self.first_step_s = Some(crate::process_seconds());
+        } else {
+            self.timed.0 += tokens;
+            self.timed.1 += seconds;
+        }
+        self.loss = loss;
+        self.state.step += 1;
+        self.state.tokens += tokens;
+        self.state.trained_tokens += weight as u64;
+        self.state.elapsed_s += seconds;
+        observer.step(&StepRecord {
+            step: self.state.step as u64,
+            loss,
+            lr,
+            grad_norm: Some(norm),
+            tokens,
+            trained_tokens: weight as u64,
+            tokens_per_s: tokens as f64 / seconds,
+            elapsed_s: self.state.elapsed_s,
+            memory_bytes: memory::resident(),
+            share_of_floor: None,
+            extra: serde_json::Map::new(),
+        })
+    }
+
+    fn finite(&self, what: &'static str, value: f64) -> Result<()> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let newest = self.checkpoints.as_deref().and_then(|f| checkpoint::list(f).pop());
+        let checkpoint = newest.map_or_else(|| "none".to_owned(), |(_, path)| path.display().to_string());
+        Err(Error::NotFinite { step: self.state.step + 1, what, value, checkpoint })
+    }
+
+    /// A trainable tensor that no gradient reaches is not trained: an error, not a flat curve.
+    fn watch_gradients(&mut self) -> Result<()> {
+        for (i, (sum, parameter)) in self.gradients.sums().iter().zip(self.run.parameters.trainable()).enumerate() {
+            match sum {
+                None => {
+                    return Err(Error::run(&parameter.name, "is trainable, but no gradient reaches it"));
+                }
+                Some(sum) if !self.moved[i] && self.state.step < 3 => {
+                    self.moved[i] = sum.abs()?.max_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? > 0.0;
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn after_step(&mut self, epoch_end: bool, stopping: bool, observer: &mut dyn Observer) -> Result<()> {
+        let recipe = &self.run.recipe;
+        let step = self.state.step;
+        if step == 3 {
+            let names = self.run.parameters.trainable().map(|p| p.name.as_str());
+            let still: Vec<&str> = names.zip(&self.moved).filter(|(_, moved)| !**moved).map(|(n, _)| n).collect();
+            if !still.is_empty() && self.resumed_from.is_none() {
+                observer.notice(&format!(
+                    "{} trainable tensors have had no gradient in 3 steps: {}",
+                    still.len(),
+                    still.join(", ")
+                ));
+            }
+        }
+        let due = |every: usize| if every == 0 { epoch_end } else { step.is_multiple_of(every) };
+        let last = step >= self.total;
+        if !stopping && (due(recipe.eval_every) || last) {
+            self.evaluate(observer)?;
+        }
+        if due(recipe.save_every) || last || stopping || self.early_stopped {
+            self.save(observer)?;
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let began = Instant::now();
+        let Some((loss, weight)) = self.run.evaluate()? else { return Ok(()) };
+        self.eval_loss = Some(loss);
+        self.evaluated_at = Some(self.state.step);
+        if self.state.best.is_none_or(|best| loss < best.loss) {
+            self.state.best = Some(Best { step: self.state.step, loss });
+            self.state.since_best = 0;
+            self.save(observer)?;
+        } else {
+            self.state.since_best += 1;
+            let patience = self.run.recipe.early_stopping;
+            self.early_stopped = patience > 0 && self.state.since_best >= patience;
+        }
+        observer.evaluation(&EvalRecord {
+            step: self.state.step as u64,
+            eval_loss: loss,
+            eval_tokens: weight as u64,
+            eval_s: began.elapsed().as_secs_f64(),
+            extra: serde_json::Map::new(),
+        })
+    }
+
+    fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let Some(folder) = &self.checkpoints else { return Ok(()) };
+        // An evaluation at this step changes the state after the first write, so a second write is needed then.
+        let best_here = self.state.best.is_some_and(|b| b.step == self.state.step);
+        if self.last_saved == Some(self.state.step) && !best_here && self.evaluated_at != Some(self.state.step) {
+            return Ok(());
+        }
+        let path = checkpoint::save(folder, &self.state, &self.run.parameters, &self.optimizer)?;
+        checkpoint::prune(folder, self.run.recipe.keep_checkpoints, self.state.best.map(|b| b.step))?;
+        self.last_saved = Some(self.state.step);
+        observer.checkpoint(&path);
+        Ok(())
+    }
+
+    pub(crate) fn finish(self, observer: &mut dyn Observer) -> Result<Outcome> {
+        if let (true, false, Some(best), Some(folder)) =
+            (self.run.recipe.load_best, self.stopped, self.state.best, self.checkpoints.as_deref())
+            && best.step != self.state.step
+        {
+            let path = folder.join(checkpoint::folder_name(best.step));
+            checkpoint::restore_parameters(&path, &self.run.parameters)?;
+            observer
+                .notice(&format!("finished with the weights of step {} (evaluation loss {:.4})", best.step, best.loss));
+        }
+        Ok(Outcome {
+            steps: self.state.step,
+            resumed_from: self.resumed_from,
+            loss: self.loss,
+            eval_loss: self.eval_loss,
+            best: self.state.best.map(|b| (b.step, b.loss)),
+            stopped: self.stopped,
+            early_stopped: self.early_stopped,
+            seconds: self.began.elapsed().as_secs_f64(),
+            first_step_s: self.first_step_s.unwrap_or_default(),
+            tokens: self.state.tokens,
+            trained_tokens: self.state.trained_tokens,
+            tokens_per_s: if self.timed.1 > 0.0 { self.timed.0 as f64 / self.timed.1 } else { 0.0 },
+            peak_memory_bytes: memory::peak(),
+            trainable_parameters: self.run.parameters.trainable_count(),
+        })
+    }
+}

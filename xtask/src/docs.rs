@@ -1,0 +1,100 @@
+//! Documentation made from the code: recipe keys, methods, model families.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use espalier_models::config::SUPPORTED;
+use espalier_train::recipe::{KEYS, adapter_keys};
+
+const NOTE: &str = "<!-- Made by `cargo xtask docs`; a test compares it with the code. -->\n\n";
+
+/// The fixed lines of a method's head comment.
+pub const CARD: [&str; 4] = ["Equation:", "Shapes:", "Source:", "Cost:"];
+
+/// All generated pages, by path under the root.
+pub fn pages(root: &Path) -> Vec<(PathBuf, String)> {
+    vec![("docs/recipes.md".into(), recipes()), ("docs/methods.md".into(), methods(root))]
+}
+
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|")
+}
+
+fn recipes() -> String {
+    let mut out = format!(
+        "# Recipe keys\n\n{NOTE}A recipe is a TOML file. Every key is also a flag of `espalier train`, `check` and \
+         `pretrain`: `max_steps` is\n`--max-steps`, `shuffle` is `--shuffle` and `--no-shuffle`, and a key of the \
+         `[adapter]` table is its own name.\n\n| key | default | what it does |\n|---|---|---|\n"
+    );
+    for key in KEYS {
+        let default = key.default.trim().trim_end_matches(".into()");
+        let default = match default {
+            "None" | "String::new()" | "DataList::default()" | "OneOrMany::default()" => "",
+            other => other.trim_matches('"'),
+        };
+        let default = if default.is_empty() { String::new() } else { format!("`{default}`") };
+        let _ = writeln!(out, "| `{}` | {default} | {} |", key.name, cell(&key.text()));
+    }
+    out.push_str("\n## The `[adapter]` table\n\n| key | what it does |\n|---|---|\n");
+    for key in adapter_keys() {
+        let _ = writeln!(out, "| `{}` | {} |", key.name, cell(&key.doc));
+    }
+    let _ = writeln!(out, "\n## Model families\n\n`model_type` of a `config.json`: {}.", SUPPORTED.join(", "));
+    out
+}
+
+/// Folders whose files have a head comment with the card's lines, and their titles.
+const SHELVES: [(&str, &str); 4] = [
+    ("crates/adapters/src/parametrisation", "Parametrisations"),
+    ("crates/adapters/src/initialisation", "Initialisations"),
+    ("crates/train/src/objective", "Objectives"),
+    ("crates/train/src/dynamics", "Dynamics"),
+];
+
+/// The files of a shelf, `mod.rs` aside, in order of their names.
+pub fn shelf(root: &Path, folder: &str) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(root.join(folder))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.extension().is_some_and(|e| e == "rs") && p.file_name().is_some_and(|n| n != "mod.rs"))
+        .collect();
+    files.sort();
+    files
+}
+
+/// Paths of all shelves.
+pub fn shelves() -> impl Iterator<Item = &'static str> {
+    SHELVES.iter().map(|(folder, _)| *folder)
+}
+
+/// The head comment of a file, its lines without the marks.
+pub fn head(text: &str) -> Vec<&str> {
+    text.lines().take_while(|l| l.starts_with("//!")).map(|l| l.trim_start_matches("//!").trim()).collect()
+}
+
+fn methods(root: &Path) -> String {
+    let mut out = format!("# Methods\n\n{NOTE}Each is one file; the text is its head comment.\n");
+    for (folder, title) in SHELVES {
+        let _ = write!(out, "\n## {title}\n");
+        for path in shelf(root, folder) {
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            let name = path.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            let _ = write!(out, "\n### {name}\n\n");
+            let mut fixed = false;
+            for line in head(&text) {
+                let label = CARD.iter().find(|c| line.starts_with(**c));
+                if let Some(label) = label {
+                    fixed = true;
+                    let _ = writeln!(out, "- *{}* {}", label.trim_end_matches(':'), line[label.len()..].trim());
+                } else if fixed && !line.is_empty() {
+                    let _ = writeln!(out, "  {line}");
+                } else {
+                    let _ = writeln!(out, "{line}");
+                }
+            }
+        }
+    }
+    out
+}
