@@ -20,7 +20,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
         let _ = flow;
         match self.low_rank(base)? {
-            Some(view) => view.forward(base, x, x),
+            Some(view) => view.forward(base, x, None),
             None => Err(Error::unsupported("forward", "a method without a low-rank form must define it")),
         }
     }

@@ -1,4 +1,5 @@
-//! The low-rank normal form, and its general path on plain tensor operations.
+//! The low-rank normal form, and how it runs: one fused product, or plain tensor operations where dropout or factors per
+//! rank stand between.
 //!
 //! Equation: y = g * (W x + s * B (c * (A x)))
 //! Shapes:   x [.., d_in] -> y [.., d_out]; A [R, d_in], B [d_out, R], s scalar, c [R] per rank, g [d_out] per output
@@ -9,6 +10,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
+use espalier_kernels::low_rank::low_rank_linear;
 
 use crate::Result;
 
@@ -74,16 +76,22 @@ impl<'a> LowRankView<'a> {
         unflatten(&out, &shape)
     }
 
-    /// Adapted output for `x` [.., d_in] on the general path; `dropped` is the input of the product (after dropout).
+    /// Adapted output for `x` [.., d_in]; `dropped` is the input of the product where dropout made it another. One fused
+    /// product where the form allows it.
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, dropped: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
         let base = self.residual.unwrap_or(base);
-        let y = base.forward(x)?;
-        let sum = (&y.to_dtype(self.a.dtype())? + self.product(dropped)?)?;
+        let sum = match (dropped, self.rank_scale) {
+            (None, None) => low_rank_linear(base, x, self.a, self.b, self.scale)?,
+            (dropped, _) => {
+                let y = base.forward(x)?;
+                (y.to_dtype(self.a.dtype())? + self.product(dropped.unwrap_or(x))?)?
+            }
+        };
         let sum = match &self.gain {
-            Some(gain) => sum.broadcast_mul(gain)?,
+            Some(gain) => sum.to_dtype(gain.dtype())?.broadcast_mul(gain)?,
             None => sum,
         };
         Ok(sum.to_dtype(x.dtype())?)

@@ -15,6 +15,7 @@ pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
 pub mod frozen;
+pub mod low_rank;
 pub mod norm;
 pub mod rope;
 pub mod softmax;

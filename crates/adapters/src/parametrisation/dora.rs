@@ -107,7 +107,7 @@ impl DoraLayer {
 
 impl Adapter for DoraLayer {
     fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        self.lora.view().gain(self.gain(base)?).forward(base, x, &self.lora.dropped(x, flow)?)
+        self.lora.view().gain(self.gain(base)?).forward(base, x, self.lora.dropped(x, flow)?.as_ref())
     }
 
     fn parameters(&self) -> ParameterMap {

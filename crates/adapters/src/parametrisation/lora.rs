@@ -164,9 +164,9 @@ impl LoraLayer {
         if lookup { ("lora_embedding_A", "lora_embedding_B") } else { ("lora_A.weight", "lora_B.weight") }
     }
 
-    /// The input of A: dropped out while training.
-    pub(crate) fn dropped(&self, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        flow.dropout(x, self.dropout, &self.path)
+    /// The input of A where dropout makes it another than `x`.
+    pub(crate) fn dropped(&self, x: &Tensor, flow: &Flow) -> Result<Option<Tensor>> {
+        (flow.train && self.dropout > 0.0).then(|| flow.dropout(x, self.dropout, &self.path)).transpose()
     }
 
     pub(crate) fn view(&self) -> LowRankView<'_> {
@@ -181,7 +181,7 @@ impl LoraLayer {
 
 impl Adapter for LoraLayer {
     fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        self.view().forward(base, x, &self.dropped(x, flow)?)
+        self.view().forward(base, x, self.dropped(x, flow)?.as_ref())
     }
 
     fn parameters(&self) -> ParameterMap {

@@ -37,9 +37,7 @@ impl CustomOp1 for FrozenProduct {
         let (d_out, d_in) = self.weight.dims();
         let out = by_dtype!(x.dtype(), self.name(), T => {
             let x = T::widened(slice::<T>(x, layout)?);
-            let y = with_source(&self.weight, |source| {
-                if self.transposed { transposed(source, &x, n, d_out, d_in) } else { forward(source, &x, n, d_out, d_in) }
-            })?;
+            let y = multiply(&self.weight, &x, n, self.transposed)?;
             <T as WithDType>::to_cpu_storage_owned(T::narrowed(y))
         });
         Ok((out, Shape::from((n, if self.transposed { d_in } else { d_out }))))
@@ -49,6 +47,14 @@ impl CustomOp1 for FrozenProduct {
         let op = FrozenProduct { weight: self.weight.clone(), transposed: !self.transposed };
         Ok(Some(g.contiguous()?.apply_op1(op)?))
     }
+}
+
+/// x W^T for rows x [n, d_in], or x W for rows x [n, d_out] if `is_transposed`, in f32.
+pub(crate) fn multiply(weight: &FrozenWeight, x: &[f32], n: usize, is_transposed: bool) -> Result<Vec<f32>> {
+    let (d_out, d_in) = weight.dims();
+    with_source(weight, |source| {
+        if is_transposed { transposed(source, x, n, d_out, d_in) } else { forward(source, x, n, d_out, d_in) }
+    })
 }
 
 /// The stored weights, readable in runs of a row.
