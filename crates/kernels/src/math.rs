@@ -46,7 +46,7 @@ pub(crate) fn sigmoid<const FMA: bool>(x: f32) -> f32 {
 pub(crate) fn tanh<const FMA: bool>(x: f32) -> f32 {
     let z = x * x;
     let p = madd::<FMA>(-5.704_989e-3, z, 2.063_908_9e-2);
-    let p = madd::<FMA>(p, z, -5.373_971_6e-2);
+    let p = madd::<FMA>(p, z, -5.373_971_5e-2);
     let p = madd::<FMA>(p, z, 1.333_144_2e-1);
     let p = madd::<FMA>(p, z, -3.333_328e-1);
     let near = madd::<FMA>(p * z, x, x);

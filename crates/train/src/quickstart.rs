@@ -62,7 +62,7 @@ pub struct Size {
 
 impl Default for Size {
     fn default() -> Self {
-        Self { rows: 3200, test_rows: 100, steps: 200 }
+        Self { rows: 3840, test_rows: 100, steps: 240 }
     }
 }
 

@@ -35,7 +35,7 @@ impl Rope {
         let mut out = zeros::<T>(x.len());
         let row = heads * d;
         let per = rows_per_piece(row, 1);
-        debug_assert!(positions % t.max(1) == 0 || half == 0);
+        debug_assert!(positions.is_multiple_of(t.max(1)) || half == 0);
         chunks(&mut out, per * row, x.len(), |i, piece| {
             let (mut from, mut to) = (T::scratch(d), T::scratch(d));
             for (j, y) in piece.chunks_mut(row).enumerate() {
