@@ -146,7 +146,7 @@ pub fn attach(
 ) -> Result<Attached> {
     let survey = survey(host)?;
     let (rank, alpha) = config.method.rank_and_alpha();
-    let placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    let mut placement = config.targets.place(&survey.candidates, rank, alpha)?;
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
     let rows_wanted = token_rows(config, &survey.embeddings)?;
     let (mut tensors, file, seed) = match origin {
@@ -166,6 +166,7 @@ pub fn attach(
         rows: Vec::new(),
         parameters: ParameterMap::new(),
         saved: config.modules_to_save.iter().map(|m| (m.clone(), 0)).collect(),
+        whole: BTreeSet::new(),
     };
     host.walk(&mut |module| {
         let path = module.path().to_owned();
@@ -242,7 +243,8 @@ pub fn attach(
             near_misses: near_misses(pattern, survey.candidates.iter().map(|c| c.path.clone())),
         });
     }
-    let Builder { layers, dense, rows, parameters, .. } = build;
+    let Builder { layers, dense, rows, parameters, whole, .. } = build;
+    placement.sites.retain(|site| !whole.contains(&site.path));
     if let Some(path) = file
         && !(missing.is_empty() && tensors.is_empty())
     {
@@ -258,6 +260,8 @@ struct Builder<'a> {
     rows: Vec<(String, TokenRows)>,
     parameters: ParameterMap,
     saved: Vec<(String, usize)>,
+    /// Paths of the modules that are saved whole.
+    whole: BTreeSet<String>,
 }
 
 impl Builder<'_> {
@@ -268,6 +272,9 @@ impl Builder<'_> {
                 *count += 1;
                 whole = true;
             }
+        }
+        if whole {
+            self.whole.insert(path.to_owned());
         }
         whole
     }

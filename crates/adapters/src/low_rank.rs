@@ -2,7 +2,7 @@
 //! rank stand between.
 //!
 //! Equation: y = g * (W x + s * B (c * (A x)))
-//! Shapes:   x [.., d_in] -> y [.., d_out]; A [R, d_in], B [d_out, R], s scalar, c [R] per rank, g [d_out] per output
+//! Shapes:   x [.., d_in] -> y [.., d_out]; A [R, d_in], B [d_out, R], s scalar, c `[R]` per rank, g `[d_out]` per output
 //! Source:   LoRA arXiv 2106.09685 eq. 3; the gain g as in DoRA arXiv 2402.09353 eq. 5
 //! Cost:     2 R (d_in + d_out) FLOPs a token forward, twice that backward
 
@@ -23,9 +23,9 @@ pub struct LowRankView<'a> {
     pub b: &'a Tensor,
     /// Factor s on the whole product.
     pub scale: f64,
-    /// Factors c [R] per rank.
+    /// Factors c `[R]` per rank.
     pub rank_scale: Option<&'a Tensor>,
-    /// Factors g [d_out] per output, on base and product alike.
+    /// Factors g `[d_out]` per output, on base and product alike.
     pub gain: Option<Tensor>,
     /// A frozen weight used in place of the base (initialisations that move a part of the base into the adapter).
     pub residual: Option<&'a Arc<FrozenWeight>>,

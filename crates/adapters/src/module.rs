@@ -177,7 +177,7 @@ pub enum NormKind {
 }
 
 impl Norm {
-    /// The normalisation called `path` with gain `weight` [n] and, for layer norms, `bias` [n].
+    /// The normalisation called `path` with gain `weight` `[n]` and, for layer norms, `bias` `[n]`.
     pub fn new(path: impl Into<String>, kind: NormKind, weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { path: path.into(), kind, weight: Dense::new(weight), bias: bias.map(Dense::new) }
     }

@@ -178,7 +178,9 @@ impl TargetSpec {
                 continue;
             }
             hits.iter().for_each(|i| seen[*i] = true);
-            if self.excluded(&candidate.path)? || !layers(&candidate.path) {
+            // As in PEFT, a module listed by its whole path is meant whatever its layer.
+            let exact = matches!(&self.target_modules, Pattern::Endings(names) if names.contains(&candidate.path));
+            if self.excluded(&candidate.path)? || !(exact || layers(&candidate.path)) {
                 continue;
             }
             hits.into_iter().for_each(|i| matched[i].1 += 1);
@@ -242,7 +244,7 @@ impl TargetSpec {
             Some(names) if !names.as_slice().is_empty() => names
                 .as_slice()
                 .iter()
-                .map(|name| regex("layers_pattern", &format!(r"^.*\.{name}\.(\d+)\.")))
+                .map(|name| regex("layers_pattern", &format!(r"^(?:.*?\.)?(?:{name})\.(\d+)\.")))
                 .collect::<Result<Vec<_>>>()?,
             _ => vec![regex("layers_pattern", r"^.*?\.[^.]*\.(\d+)\.")?],
         };

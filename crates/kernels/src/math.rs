@@ -45,7 +45,7 @@ pub(crate) fn sigmoid<const FMA: bool>(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn tanh<const FMA: bool>(x: f32) -> f32 {
     let z = x * x;
-    let p = madd::<FMA>(-5.704_989e-3, z, 2.063_908_9e-2);
+    let p = madd::<FMA>(-5.704_989e-3, z, 2.063_909e-2);
     let p = madd::<FMA>(p, z, -5.373_971_5e-2);
     let p = madd::<FMA>(p, z, 1.333_144_2e-1);
     let p = madd::<FMA>(p, z, -3.333_328e-1);

@@ -17,13 +17,13 @@ pub enum Error {
     Adapter(#[from] espalier_adapters::Error),
     /// The base model.
     #[error(transparent)]
-    Model(#[from] espalier_models::Error),
+    Model(Box<espalier_models::Error>),
     /// The data.
     #[error(transparent)]
-    Data(#[from] espalier_data::DataError),
+    Data(Box<espalier_data::DataError>),
     /// Generation or evaluation.
     #[error(transparent)]
-    Infer(#[from] espalier_infer::Error),
+    Infer(Box<espalier_infer::Error>),
     /// A file of the run folder.
     #[error(transparent)]
     RunFile(#[from] crate::run::RunError),
@@ -71,6 +71,23 @@ pub enum Error {
         /// The checkpoint, or "none".
         checkpoint: String,
     },
+}
+
+/// Errors of other crates are boxed: they are large, and rare.
+macro_rules! boxed {
+    ($($variant:ident($error:ty),)*) => {
+        $(impl From<$error> for Error {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        })*
+    };
+}
+
+boxed! {
+    Model(espalier_models::Error),
+    Data(espalier_data::DataError),
+    Infer(espalier_infer::Error),
 }
 
 impl Error {

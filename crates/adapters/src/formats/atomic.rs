@@ -81,6 +81,32 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -
     })
 }
 
+/// Replaces the files called `names` in `folder` by those that `fill` writes (given the folder to write into), or leaves all
+/// of them as they were; other files stay.
+///
+/// # Errors
+/// Those of `fill`, or if a file cannot be renamed; where the disk fills up, all earlier files are whole then.
+pub fn replace_files<E: From<Error>>(
+    folder: &Path,
+    names: &[&str],
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let temp = temporary(&folder.join("files"), "tmp");
+    let io = |e| Error::io(folder, e);
+    let _ = fs::remove_dir_all(&temp);
+    fs::create_dir_all(&temp).map_err(io)?;
+    let run = || -> Result<(), E> {
+        fill(&temp)?;
+        for name in names {
+            fs::rename(temp.join(name), folder.join(name)).map_err(io)?;
+        }
+        Ok(sync_folder(folder).map_err(io)?)
+    };
+    let result = run();
+    let _ = fs::remove_dir_all(&temp);
+    result
+}
+
 /// Replaces the folder at `path` by one that `fill` fills (given the folder to write into), or leaves it as it was.
 ///
 /// # Errors

@@ -77,6 +77,10 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
         }
         let name = name_of(&key)
             .ok_or_else(|| Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`")))?;
+        if !tensor.dtype().is_float() {
+            let dtype = tensor.dtype().as_str();
+            return Err(Error::format(&path, format!("tensor `{key}` has dtype {dtype}, expected a float type")));
+        }
         check_finite(&path, &key, &tensor)?;
         if tensors.insert(name.clone(), tensor).is_some() {
             return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
@@ -257,9 +261,12 @@ pub fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Sa
     let tensors = entries.len();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), (BASE_HASH_KEY.to_owned(), hash)]);
     let json = peft_config::to_json(&config)?;
-    let bytes = safetensors::write(&folder.join(WEIGHTS_FILE), entries, &metadata)?;
     let text =
         serde_json::to_string_pretty(&json).map_err(|e| Error::format(folder.join(CONFIG_FILE), e.to_string()))?;
-    atomic::write(&folder.join(CONFIG_FILE), |out| writeln!(out, "{text}"))?;
+    let mut bytes = 0;
+    atomic::replace_files(folder, &[WEIGHTS_FILE, CONFIG_FILE], |temp| {
+        bytes = safetensors::write(&temp.join(WEIGHTS_FILE), entries, &metadata)?;
+        atomic::write(&temp.join(CONFIG_FILE), |out| writeln!(out, "{text}"))
+    })?;
     Ok(Saved { tensors, bytes })
 }

@@ -95,6 +95,8 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
         ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"]
     {
         if let Some(value) = take(key) {
+            // Alone first, so that an error names the key.
+            parse::<TargetSpec>(key, json!({ key: value.clone() }))?;
             targets.insert(key.into(), value);
         }
     }

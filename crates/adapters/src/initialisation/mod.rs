@@ -121,7 +121,7 @@ impl Initialisation {
             Value::String(name) => match Self::by_name(name) {
                 Ok(known) => Ok(known),
                 // Schemes that leave the base as it is matter only where training starts.
-                Err(_) if matches!(name.as_str(), "eva" | "orthogonal" | "lora_ga") => Ok(Self::Default),
+                Err(_) if matches!(name.as_str(), "eva" | "orthogonal") => Ok(Self::Default),
                 Err(error) => Err(error),
             },
             other => Err(Error::config("init_lora_weights", format!("{other} is not a valid value"))),

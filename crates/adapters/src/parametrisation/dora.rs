@@ -1,7 +1,7 @@
 //! DoRA: LoRA on the direction of each output's weights, with a trained magnitude.
 //!
 //! Equation: y = g * (W x + s B A x), g = m / ||W + s B A|| row by row; the norm is not differentiated
-//! Shapes:   x [.., d_in] -> y [.., d_out]; A [r, d_in], B [d_out, r], m [d_out] trained; g [d_out]
+//! Shapes:   x [.., d_in] -> y [.., d_out]; A [r, d_in], B [d_out, r], m `[d_out]` trained; g `[d_out]`
 //! Source:   arXiv 2402.09353 eq. 5 and section 4.3; norms by ||W||^2 + 2 s <W A^T, B> + s^2 ||B A||^2
 //! Cost:     LoRA's, plus 2 r d_in d_out FLOPs a forward pass (not per token); d_out parameters more a layer
 
@@ -66,12 +66,12 @@ pub struct DoraLayer {
     base_square: OnceLock<Tensor>,
 }
 
-/// ||W||^2 by row [d_out] in f64 precision where the weight is small enough to matter, f32 otherwise.
+/// ||W||^2 by row `[d_out]` in f64 precision where the weight is small enough to matter, f32 otherwise.
 fn squared_rows(weight: &Arc<FrozenWeight>) -> Result<Tensor> {
     Ok(weight.dequantize(DType::F64)?.sqr()?.sum(D::Minus1)?)
 }
 
-/// ||W + s B A|| by row [d_out] in f64.
+/// ||W + s B A|| by row `[d_out]` in f64.
 fn row_norms(base: &Arc<FrozenWeight>, lora: &LoraLayer) -> Result<Tensor> {
     norms(lora, base, &squared_rows(lora.residual().unwrap_or(base))?)
 }

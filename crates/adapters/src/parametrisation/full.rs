@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{Adapter, Init, Method, Site};
 use crate::low_rank::{flatten, unflatten};
-use crate::{Flow, ParameterMap, Result};
+use crate::{Error, Flow, ParameterMap, Result};
 
 /// Full fine-tuning has no settings.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -24,6 +24,12 @@ impl Method for Full {
     type Layer = FullLayer;
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<FullLayer> {
+        if site.lookup {
+            return Err(Error::unsupported(
+                format!("full on {}", site.path),
+                "a table is trained whole by naming it in modules_to_save",
+            ));
+        }
         let start = site.base.dequantize(init.dtype)?;
         Ok(FullLayer { weight: init.copy_of("weight", &start)? })
     }

@@ -18,6 +18,9 @@ use crate::low_rank::LowRankView;
 use crate::parameter::Role;
 use crate::{Error, Flow, ParameterMap, Result};
 
+/// Ranks above this are typing errors, and their factors would not fit into memory.
+const MAX_RANK: usize = 1 << 16;
+
 /// How LoRA is set up.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -51,6 +54,9 @@ impl Lora {
     pub(crate) fn factors(&self, site: &Site, init: &mut Init<'_>) -> Result<LoraLayer> {
         if site.rank == 0 {
             return Err(Error::config("r", format!("{}: the rank must be at least 1", site.path)));
+        }
+        if site.rank > MAX_RANK {
+            return Err(Error::config("r", format!("{}: rank {} is above {MAX_RANK}", site.path, site.rank)));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("dropout", format!("{} is not a probability below 1", self.dropout)));

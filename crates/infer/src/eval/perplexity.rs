@@ -1,7 +1,7 @@
 //! Perplexity: how surprised the model is by the trained tokens of examples.
 //!
 //! Equation: loss = sum over trained tokens of -ln p(token | those before) / their number; perplexity = e^loss
-//! Shapes:   labels [t], -100 where not counted; the first token of a row is never counted, nothing predicts it
+//! Shapes:   labels `[t]`, -100 where not counted; the first token of a row is never counted, nothing predicts it
 
 use espalier_data::{Example, IGNORE};
 use espalier_models::Model;

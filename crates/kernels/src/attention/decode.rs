@@ -13,7 +13,7 @@ use crate::vector::{axpy, dot, exp_in_place, max, scale};
 /// Keys a run.
 const RUN: usize = 512;
 
-/// Per query head of a group: maximum, sum and weighted values [dv] of one run.
+/// Per query head of a group: maximum, sum and weighted values `[dv]` of one run.
 struct Partial {
     stats: Vec<(f32, f32)>,
     values: Vec<f32>,

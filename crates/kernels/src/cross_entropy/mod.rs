@@ -1,7 +1,7 @@
 //! Cross entropy of logits against label ids, one loss a row.
 //!
 //! Equation: loss_i = w_i (ln sum_j e^(x_ij) - x_i,label_i);  dx_ij = w_i g_i (softmax(x_i)_j - [j = label_i])
-//! Shapes:   logits [n, v], labels n, weights n -> [n] f32 (f64 for f64 logits)
+//! Shapes:   logits [n, v], labels n, weights n -> `[n]` f32 (f64 for f64 logits)
 //! Cost:     two passes forward, one backward; saves one number a row. Rows of weight zero cost nothing and give zero
 
 mod cpu;
@@ -13,7 +13,7 @@ use crate::fused;
 use candle_core::{Result, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
-/// Cross entropy of each row of logits [n, v] against its label, times its weight if weights are given: [n], in f32
+/// Cross entropy of each row of logits [n, v] against its label, times its weight if weights are given: `[n]`, in f32
 /// (f64 for f64 logits). Labels of rows with weight zero must be valid ids too.
 ///
 /// # Errors

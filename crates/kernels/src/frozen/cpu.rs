@@ -103,7 +103,7 @@ impl Source<'_> {
         }
     }
 
-    /// y[j] <- row . x[j] for rows x [n, d_in]; `scratch` holds d_in entries.
+    /// y`[j]` <- row . x`[j]` for rows x [n, d_in]; `scratch` holds d_in entries.
     fn dots(&self, d_in: usize, row: usize, x: &[f32], scratch: &mut [f32], y: &mut [f32]) {
         let range = row * d_in..(row + 1) * d_in;
         let each = x.chunks(d_in).zip(y);

@@ -1,7 +1,7 @@
 //! 8-bit integers with one scale a row (the weights of LLM.int8).
 //!
 //! Equation: q_ij = round(w_ij * 127 / absmax_i), half to even; w_ij = q_ij * absmax_i / 127
-//! Shapes:   codes [d_out, d_in] i8, absmax [d_out] f32
+//! Shapes:   codes [d_out, d_in] i8, absmax `[d_out]` f32
 //! Source:   arXiv 2208.07339; bitsandbytes `int8_vectorwise_quant`
 //! Cost:     8 bits a weight
 
@@ -65,7 +65,7 @@ impl Int8 {
         self.codes.len() + 4 * self.absmax.len()
     }
 
-    /// Codes [d_out * d_in] and absmax [d_out].
+    /// Codes [d_out * d_in] and absmax `[d_out]`.
     pub fn parts(&self) -> (&[i8], &[f32]) {
         (&self.codes, &self.absmax)
     }

@@ -136,7 +136,7 @@ impl FrozenWeight {
         }
     }
 
-    /// Codes [d_out * d_in] and absmax [d_out], if stored as int8.
+    /// Codes [d_out * d_in] and absmax `[d_out]`, if stored as int8.
     pub fn int8_parts(&self) -> Option<(&[i8], &[f32])> {
         match self {
             Self::Int8(w) => Some(w.parts()),

@@ -1,7 +1,7 @@
 //! 4-bit normal floats, block 64, with optional 8-bit scales: bitsandbytes' format and rounding.
 //!
-//! Equation: w_i = code[q_i] * absmax[i / 64] over the flattened matrix; q_i the nearest code of w_i / absmax
-//!           double quantisation: absmax_b = map[s_b] * absmax2[b / 256] + offset, offset = mean of absmax
+//! Equation: w_i = code`[q_i]` * absmax[i / 64] over the flattened matrix; q_i the nearest code of w_i / absmax
+//!           double quantisation: absmax_b = map`[s_b]` * absmax2[b / 256] + offset, offset = mean of absmax
 //! Shapes:   codes ceil(n / 2) bytes, first value in the high nibble; absmax ceil(n / 64); absmax2 ceil(blocks / 256)
 //! Source:   arXiv 2305.14314 appendix E; bitsandbytes functional.py `quantize_4bit`, `create_dynamic_map`
 //! Cost:     4.5 bits a weight, 4.127 with double quantisation

@@ -72,7 +72,7 @@ fn each_row<T: Element>(x: &[T], h: usize, row: impl Fn(&[f32], &mut [f32]) + Sy
     out
 }
 
-/// Gradients: `row(x, g, dx row if wanted, sums)` over all rows; `sums` [width] is accumulated per piece, then in order.
+/// Gradients: `row(x, g, dx row if wanted, sums)` over all rows; `sums` `[width]` is accumulated per piece, then in order.
 fn each_gradient<T: Element>(
     x: &[T],
     g: &[T],
@@ -104,7 +104,7 @@ fn each_gradient<T: Element>(
     (dx, total)
 }
 
-/// Fused RMS norm: x [.., h] and weight [h] f32.
+/// Fused RMS norm: x [.., h] and weight `[h]` f32.
 pub(super) struct RmsNorm {
     pub(super) eps: f32,
     pub(super) offset: f32,
@@ -146,7 +146,7 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-/// Fused layer norm: x [.., h], weight [h] f32, bias [h] f32.
+/// Fused layer norm: x [.., h], weight `[h]` f32, bias `[h]` f32.
 pub(super) struct LayerNorm {
     pub(super) eps: f32,
 }

@@ -2,7 +2,7 @@
 //!
 //! Equation: rms:   y = x / sqrt(mean(x^2) + eps) * (offset + w)
 //!           layer: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b
-//! Shapes:   x [.., h], w [h], b [h] -> y [.., h] in x's dtype; statistics in f32 (f64 for f64)
+//! Shapes:   x [.., h], w `[h]`, b `[h]` -> y [.., h] in x's dtype; statistics in f32 (f64 for f64)
 //! Source:   arXiv 1910.07467 (RMSNorm), arXiv 1607.06450 (layer norm); offset 1 is Gemma's (1 + w)
 //! Cost:     one pass forward, one pass backward; nothing saved but the inputs
 
@@ -27,7 +27,7 @@ fn check(op: &str, name: &str, x: &Tensor, vector: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Root-mean-square normalisation: x [.., h] / rms(x) * (offset + weight [h]), in x's dtype.
+/// Root-mean-square normalisation: x [.., h] / rms(x) * (offset + weight `[h]`), in x's dtype.
 ///
 /// `offset` is 0 for Llama, 1 for Gemma. The weight may be of another float type than x. Gradients for x and weight.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Tensor> {
@@ -42,7 +42,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Te
 
 /// Layer normalisation: (x - mean) / sqrt(var + eps) * weight + bias over the last dimension of x [.., h], in x's dtype.
 ///
-/// weight and bias [h] may be of another float type than x. Gradients for x, weight and bias.
+/// weight and bias `[h]` may be of another float type than x. Gradients for x, weight and bias.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
     check("layer_norm", "weight", x, weight)?;
     if let Some(bias) = bias {
