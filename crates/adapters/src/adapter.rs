@@ -33,6 +33,16 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         self.low_rank(base)?.map(|view| view.delta(base)).transpose()
     }
 
+    /// Change of the vectors [n, width] of the tokens `ids` [n] where the map is an embedding; None for methods that are no
+    /// plain low-rank product.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn lookup(&self, base: &Arc<FrozenWeight>, ids: &Tensor) -> Result<Option<Tensor>> {
+        let view = self.low_rank(base)?.filter(|v| v.gain.is_none() && v.residual.is_none());
+        view.map(|view| view.lookup(ids)).transpose()
+    }
+
     /// Named parameters, trainable or frozen, in the on-disk naming of the method.
     fn parameters(&self) -> ParameterMap;
 

@@ -54,6 +54,19 @@ impl Adapter for WeightedSum {
         Ok(sum)
     }
 
+    fn lookup(&self, base: &Arc<FrozenWeight>, ids: &Tensor) -> Result<Option<Tensor>> {
+        let mut sum: Option<Tensor> = None;
+        for (weight, part) in &self.parts {
+            let Some(change) = part.lookup(base, ids)? else { return Ok(None) };
+            let change = (change.to_dtype(DType::F32)? * *weight)?;
+            sum = Some(match sum {
+                Some(sum) => (sum + change)?,
+                None => change,
+            });
+        }
+        Ok(sum)
+    }
+
     fn parameters(&self) -> ParameterMap {
         let mut map = ParameterMap::new();
         for (i, (_, part)) in self.parts.iter().enumerate() {

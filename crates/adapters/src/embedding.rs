@@ -47,19 +47,9 @@ impl Embedding {
         let weight = self.weight.get();
         let mut out = weight.index_select(&flat, 0)?;
         if let Some(adapter) = &self.adapter {
-            let view = adapter.low_rank(&self.base)?.filter(|v| v.gain.is_none() && v.residual.is_none());
-            let Some(view) = view else {
-                return Err(Error::unsupported(
-                    &self.path,
-                    "an embedding takes only a low-rank product as its adapter",
-                ));
+            let Some(change) = adapter.lookup(&self.base, &flat)? else {
+                return Err(self.no_lookup());
             };
-            let inner = view.a.t()?.contiguous()?.index_select(&flat, 0)?;
-            let inner = match view.rank_scale {
-                Some(c) => inner.broadcast_mul(c)?,
-                None => inner,
-            };
-            let change = (inner.matmul(&view.b.t()?)? * view.scale)?;
             out = (out.to_dtype(change.dtype())? + change)?.to_dtype(out.dtype())?;
         }
         if let Some(rows) = &self.rows {
@@ -68,6 +58,10 @@ impl Embedding {
         let mut dims = shape;
         dims.push(out.dim(D::Minus1)?);
         Ok(out.reshape(dims)?)
+    }
+
+    fn no_lookup(&self) -> Error {
+        Error::unsupported(&self.path, "an embedding takes only a low-rank product as its adapter")
     }
 
     /// Scores of `hidden` [n, width] against every token -> [n, vocabulary]: the output head of tied models. Trained
@@ -147,8 +141,9 @@ impl Embedding {
     pub fn effective(&self) -> Result<Tensor> {
         let dtype = self.weight.frozen().dtype();
         let mut table = self.weight.get().detach().to_dtype(DType::F32)?;
-        if let Some(view) = self.adapter.as_ref().map(|a| a.low_rank(&self.base)).transpose()?.flatten() {
-            table = (table + view.dense_product(DType::F32)?.t()?)?;
+        if let Some(adapter) = &self.adapter {
+            let Some(delta) = adapter.delta(&self.base)? else { return Err(self.no_lookup()) };
+            table = (table + delta.t()?)?;
         }
         if let Some(rows) = &self.rows {
             let index = Tensor::new(rows.indices.as_slice(), table.device())?;

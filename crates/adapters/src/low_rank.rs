@@ -76,6 +76,19 @@ impl<'a> LowRankView<'a> {
         unflatten(&out, &shape)
     }
 
+    /// The product's part for one-hot inputs, s * B (c * A[:, id]) for each of `ids` [n]: [n, d_out] in the dtype of `a`.
+    ///
+    /// # Errors
+    /// If an id is outside A.
+    pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
+        let inner = self.a.t()?.contiguous()?.index_select(ids, 0)?;
+        let inner = match self.rank_scale {
+            Some(c) => inner.broadcast_mul(c)?,
+            None => inner,
+        };
+        Ok((inner.matmul(&self.b.t()?)? * self.scale)?)
+    }
+
     /// Adapted output for `x` [.., d_in]; `dropped` is the input of the product where dropout made it another. One fused
     /// product where the form allows it.
     ///

@@ -76,6 +76,21 @@ fn take<T: DeserializeOwned>(table: &mut Table, key: &str) -> Result<Option<T>> 
         .transpose()
 }
 
+/// Reads `fields`; an error names the field that does not go with the valid `defaults`.
+fn read<T: DeserializeOwned>(defaults: &Table, fields: Table) -> Result<T> {
+    let parse = |table: Table| Value::Table(table).try_into::<T>();
+    parse(fields.clone()).map_err(|whole| {
+        for (key, value) in fields {
+            let mut one = defaults.clone();
+            one.insert(key.clone(), value.clone());
+            if let Err(e) = parse(one) {
+                return Error::recipe(format!("adapter.{key}"), format!("{value} is not valid: {}", e.message()));
+            }
+        }
+        Error::recipe("adapter", whole.message().to_owned())
+    })
+}
+
 /// Reads the table.
 pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
     let mut table = table.clone();
@@ -84,7 +99,8 @@ pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
         espalier_adapters::Error::Config { message, .. } => Error::recipe("adapter.method", message),
         other => other.into(),
     })?;
-    let mut fields = method_fields(&default)?;
+    let defaults = method_fields(&default)?;
+    let mut fields = defaults.clone();
     let own: Vec<String> = fields.keys().filter(|k| *k != "method").cloned().collect();
     for key in own {
         if let Some(value) = table.remove(&key) {
@@ -96,9 +112,7 @@ pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
             fields.insert(key, value);
         }
     }
-    let method: MethodConfig = Value::Table(fields)
-        .try_into()
-        .map_err(|e: toml::de::Error| Error::recipe("adapter", e.message().to_owned()))?;
+    let method: MethodConfig = read(&defaults, fields)?;
     let mut targets = Table::new();
     for key in
         ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"]
@@ -107,9 +121,7 @@ pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
             targets.insert(key.into(), value);
         }
     }
-    let targets: TargetSpec = Value::Table(targets)
-        .try_into()
-        .map_err(|e: toml::de::Error| Error::recipe("adapter", format!("placement: {}", e.message())))?;
+    let targets: TargetSpec = read(&Table::new(), targets)?;
     let config = AdapterConfig {
         targets,
         bias: take(&mut table, "bias")?.unwrap_or_default(),

@@ -159,7 +159,9 @@ fn describe(message: &str) -> String {
 /// Puts one setting into a table, typed as its key wants it.
 fn set(table: &mut Table, setting: &Setting) -> Result<()> {
     let text = setting.text.trim();
-    let is_text = KEYS.iter().any(|k| k.name == setting.key && (k.kind.contains("String") || k.kind == "DataList"));
+    let is_text = KEYS
+        .iter()
+        .any(|k| k.name == setting.key && ["String", "Option<String>", "DataList", "OneOrMany"].contains(&k.kind));
     let parsed = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
     let value = match parsed {
         Some(value) if !is_text || value.is_array() || value.is_table() => value,
@@ -172,6 +174,12 @@ fn set(table: &mut Table, setting: &Setting) -> Result<()> {
         None => (setting.key.as_str(), None),
     };
     match tail {
+        None if head == "adapter" && !value.is_table() => {
+            return Err(Error::recipe(
+                "adapter",
+                format!("{value} is not a table; set single keys as `adapter.KEY=VALUE`"),
+            ));
+        }
         None => {
             table.insert(head.to_owned(), value);
         }
