@@ -31,39 +31,51 @@ pub struct Estimate {
 /// Bytes of the program, its thread stacks and allocator slack.
 const PROGRAM: u64 = 48 << 20;
 
-/// Values that one token keeps in one block: its input, the norms' outputs, q, k and v before and after reshaping and
-/// rotation, the attention output, both sums, gate, up, their product, and the adapters' f32 inputs and outputs.
-fn values_per_token(model: &Model, adapted: bool) -> u64 {
+/// Values that one token keeps in one block: its input, both norms' outputs, q, k and v before and after rotation, the
+/// attention output and its projection, both sums, gate, up, their product, and its projection. A method that is not one
+/// fused product keeps about as much again at the outputs of the adapted maps.
+fn values_per_token(model: &Model, fused: bool) -> u64 {
     let c = model.config();
     let (h, f) = (c.hidden as u64, c.intermediate as u64);
     let (q, kv) = ((c.heads * c.head_dim) as u64, (c.kv_heads * c.head_dim) as u64);
-    let base = 8 * h + 3 * (q + 2 * kv) + q + if c.gated { 3 * f } else { 2 * f };
-    // Sum, product and scaled product of each adapted projection.
-    let adapters = if adapted { 3 * (q + 2 * kv + 2 * h + if c.gated { 2 * f } else { f }) } else { 0 };
-    base + adapters
+    let inner = if c.gated { 3 * f } else { 2 * f };
+    let outputs = if fused { 0 } else { 2 * (q + 2 * kv + 2 * h + inner) };
+    7 * h + 3 * q + 3 * kv + inner + outputs
 }
 
-/// Estimates the peak of a run with the given parameters.
+/// Estimates the peak of a run with the given parameters on rows of at most `longest` tokens.
 ///
 /// # Errors
 /// If the walk over the model fails.
-pub fn estimate(recipe: &Recipe, model: &mut Model, parameters: &ParameterMap) -> Result<Estimate> {
+pub fn estimate(recipe: &Recipe, model: &mut Model, parameters: &ParameterMap, longest: usize) -> Result<Estimate> {
     let mut weights = 0u64;
+    let mut fused = true;
     let bytes = |t: &candle_core::Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
     model.walk(&mut |module| {
         weights += match module {
-            ModuleMut::Linear(l) => l.base().size_in_bytes() as u64 + l.bias().map_or(0, |b| bytes(b.frozen())),
+            ModuleMut::Linear(l) => {
+                let plain = |a: &std::sync::Arc<dyn espalier_adapters::Adapter>| {
+                    Ok::<_, espalier_adapters::Error>(
+                        a.low_rank(l.base())?.is_some_and(|v| v.gain.is_none()) && a.dropout() == 0.0,
+                    )
+                };
+                fused &= l.adapter().map(plain).transpose()?.unwrap_or(true);
+                l.base().size_in_bytes() as u64 + l.bias().map_or(0, |b| bytes(b.frozen()))
+            }
             ModuleMut::Embedding(e) => bytes(e.weight().frozen()),
             ModuleMut::Norm(n) => bytes(n.weight().frozen()) + n.bias().map_or(0, |b| bytes(b.frozen())),
         };
         Ok(())
     })?;
     let trained = parameters.trainable_count() as u64 * 16;
-    let length = setup::max_length(recipe, model.config()) as u64;
+    let length = match recipe.packing {
+        true => setup::max_length(recipe, model.config()) as u64,
+        false => longest as u64,
+    };
     let tokens = recipe.batch_size as u64 * length;
     let size = if model.dtype() == DType::F32 { 4 } else { 2 };
     let hidden = model.config().hidden as u64;
-    let per_block = values_per_token(model, parameters.trainable().next().is_some()) * tokens * size;
+    let per_block = values_per_token(model, fused) * tokens * size;
     let blocks = model.blocks() as u64;
     let activations =
         if recipe.checkpointing { tokens * hidden * size * blocks + per_block } else { per_block * blocks };
