@@ -86,7 +86,7 @@ impl AdapterConfig {
 pub fn unknown_value(found: &str, known: &[&str]) -> String {
     let nearest = known
         .iter()
-        .map(|k| (strsim::jaro_winkler(found, k), *k))
+        .map(|k| (strsim::jaro_winkler(&found.to_lowercase(), k), *k))
         .max_by(|x, y| x.0.total_cmp(&y.0))
         .filter(|(score, _)| *score > 0.7);
     match nearest {

@@ -93,6 +93,8 @@ pub(crate) fn zeros<T: WithDType>(len: usize) -> Vec<T> {
 /// The entries of a contiguous CPU tensor.
 pub(crate) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
+        // A view of nothing may start past the end.
+        Some((start, end)) if start == end => Ok(&[]),
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
         None => bail!("kernel given a strided tensor of shape {:?}: call contiguous() first", layout.shape()),
     }

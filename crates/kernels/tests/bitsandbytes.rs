@@ -36,7 +36,7 @@ fn nf4_is_that_of_bitsandbytes() {
         let parts = single.nf4_parts().unwrap();
         let packed = at("packed").flatten_all().unwrap().to_vec1::<u8>().unwrap();
         let values = input.elem_count();
-        let nibble = |bytes: &[u8], i: usize| if i % 2 == 0 { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 };
+        let nibble = |bytes: &[u8], i: usize| if i.is_multiple_of(2) { bytes[i / 2] >> 4 } else { bytes[i / 2] & 15 };
         for i in 0..values {
             assert_eq!(nibble(parts.codes, i), nibble(&packed, i), "{prefix}code {i}");
         }

@@ -32,8 +32,14 @@ pub struct State {
     pub tokens: u64,
     /// Tokens or rows that had a target.
     pub trained_tokens: u64,
+    /// Loss before the last step.
+    #[serde(default)]
+    pub loss: f64,
     /// Seconds of training so far.
     pub elapsed_s: f64,
+    /// Step of the last evaluation.
+    #[serde(default)]
+    pub evaluated: Option<usize>,
     /// Best evaluation so far.
     pub best: Option<Best>,
     /// Evaluations since the best.

@@ -3,6 +3,7 @@
 //! [`recipe::Recipe`] says everything about a run; [`trainer::Run`] is the run; [`session`] runs it in a run folder. The
 //! trainer names neither a method nor a model: it moves the parameters of a [`espalier_adapters::ParameterMap`].
 
+pub mod bench;
 pub mod checkpoint;
 pub mod dynamics;
 pub mod error;

@@ -192,13 +192,14 @@ impl Run {
     ) -> Result<Outcome> {
         let mut training = Training::new(self, checkpoints, resume)?;
         observer.start(training.state.step, training.total);
-        while training.state.step < training.total {
+        training.catch_up(observer)?;
+        while training.state.step < training.total && !training.early_stopped {
             training.step(observer)?;
             let stopping = stop.load(Ordering::Relaxed);
             let epoch_end = training.state.batch == 0;
             training.after_step(epoch_end, stopping, observer)?;
-            if stopping || training.early_stopped {
-                training.stopped = stopping && training.state.step < training.total;
+            if stopping {
+                training.stopped = training.state.step < training.total;
                 break;
             }
         }

@@ -32,7 +32,6 @@ pub(crate) struct Training<'a> {
     last_saved: Option<usize>,
     loss: f64,
     eval_loss: Option<f64>,
-    evaluated_at: Option<usize>,
     began: Instant,
     first_step_s: Option<f64>,
     timed: (u64, f64),
@@ -65,6 +64,7 @@ impl<'a> Training<'a> {
                 resumed_from = Some(state.step);
             }
         }
+        let loss = if state.step > 0 { state.loss } else { f64::NAN };
         Ok(Self {
             run,
             checkpoints: checkpoints.map(Path::to_owned),
@@ -77,9 +77,8 @@ impl<'a> Training<'a> {
             resumed_from,
             state,
             total,
-            loss: f64::NAN,
+            loss,
             eval_loss: None,
-            evaluated_at: None,
             began: Instant::now(),
             first_step_s: None,
             timed: (0, 0.0),
@@ -152,6 +151,7 @@ impl<'a> Training<'a> {
             self.timed.1 += seconds;
         }
         self.loss = loss;
+        self.state.loss = loss;
         self.state.step += 1;
         self.state.tokens += tokens;
         self.state.trained_tokens += weight as u64;
@@ -212,7 +212,8 @@ impl<'a> Training<'a> {
         }
         let due = |every: usize| if every == 0 { epoch_end } else { step.is_multiple_of(every) };
         let last = step >= self.total;
-        if !stopping && (due(recipe.eval_every) || last) {
+        // A stop does not wait for an evaluation: it is made up for when the run goes on.
+        if last || (!stopping && due(recipe.eval_every)) {
             self.evaluate(observer)?;
         }
         if due(recipe.save_every) || last || stopping || self.early_stopped {
@@ -221,11 +222,35 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
+    /// What the run still owed when it was left: an evaluation that a stop passed over, or the end by early stopping.
+    pub(crate) fn catch_up(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        let recipe = &self.run.recipe;
+        let step = self.state.step;
+        if step == 0 {
+            return Ok(());
+        }
+        let due = if recipe.eval_every == 0 { self.state.batch == 0 } else { step.is_multiple_of(recipe.eval_every) };
+        if (due || step >= self.total) && self.state.evaluated != Some(step) {
+            self.evaluate(observer)?;
+            self.save(observer)?;
+        }
+        self.early_stopped = recipe.early_stopping > 0 && self.state.since_best >= recipe.early_stopping;
+        Ok(())
+    }
+
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let began = Instant::now();
         let Some((loss, weight)) = self.run.evaluate()? else { return Ok(()) };
         self.eval_loss = Some(loss);
-        self.evaluated_at = Some(self.state.step);
+        self.state.evaluated = Some(self.state.step);
+        // The record comes before the checkpoint: a run that goes on from there has it already.
+        observer.evaluation(&EvalRecord {
+            step: self.state.step as u64,
+            eval_loss: loss,
+            eval_tokens: weight as u64,
+            eval_s: began.elapsed().as_secs_f64(),
+            extra: serde_json::Map::new(),
+        })?;
         if self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(Best { step: self.state.step, loss });
             self.state.since_best = 0;
@@ -235,20 +260,14 @@ impl<'a> Training<'a> {
             let patience = self.run.recipe.early_stopping;
             self.early_stopped = patience > 0 && self.state.since_best >= patience;
         }
-        observer.evaluation(&EvalRecord {
-            step: self.state.step as u64,
-            eval_loss: loss,
-            eval_tokens: weight as u64,
-            eval_s: began.elapsed().as_secs_f64(),
-            extra: serde_json::Map::new(),
-        })
+        Ok(())
     }
 
     fn save(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let Some(folder) = &self.checkpoints else { return Ok(()) };
         // An evaluation at this step changes the state after the first write, so a second write is needed then.
         let best_here = self.state.best.is_some_and(|b| b.step == self.state.step);
-        if self.last_saved == Some(self.state.step) && !best_here && self.evaluated_at != Some(self.state.step) {
+        if self.last_saved == Some(self.state.step) && !best_here && self.state.evaluated != Some(self.state.step) {
             return Ok(());
         }
         let path = checkpoint::save(folder, &self.state, &self.run.parameters, &self.optimizer)?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::atomic;
 use crate::{Error, Result};
@@ -30,7 +31,20 @@ impl MappedFile {
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         let mapped = Self { path: path.to_owned(), map };
         mapped.tensors()?;
+        mapped.check_names()?;
         Ok(mapped)
+    }
+
+    /// Whether the header has every name once: of two entries the reader would take one in silence.
+    fn check_names(&self) -> Result<()> {
+        let end = self.map.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes) as usize;
+        let header = self.map.get(8..end.saturating_add(8)).unwrap_or_default();
+        let Names(mut names) = serde_json::from_slice(header).map_err(|e| Error::format(&self.path, e.to_string()))?;
+        names.sort_unstable();
+        match names.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(Error::format(&self.path, format!("tensor `{}` is twice in the header", pair[0]))),
+            None => Ok(()),
+        }
     }
 
     fn tensors(&self) -> Result<SafeTensors<'_>> {
@@ -103,6 +117,31 @@ impl MappedFile {
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// All keys of a JSON object, repeated ones too.
+struct Names(Vec<String>);
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Names;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a header object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Names, M::Error> {
+                let mut names = Vec::new();
+                while let Some((name, IgnoredAny)) = map.next_entry()? {
+                    names.push(name);
+                }
+                Ok(Names(names))
+            }
+        }
+        deserializer.deserialize_map(Keys)
     }
 }
 

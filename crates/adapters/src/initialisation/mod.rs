@@ -122,6 +122,7 @@ impl Initialisation {
                 Ok(known) => Ok(known),
                 // Schemes that leave the base as it is matter only where training starts.
                 Err(_) if matches!(name.as_str(), "eva" | "orthogonal") => Ok(Self::Default),
+                Err(Error::Config { message, .. }) => Err(Error::config("init_lora_weights", message)),
                 Err(error) => Err(error),
             },
             other => Err(Error::config("init_lora_weights", format!("{other} is not a valid value"))),

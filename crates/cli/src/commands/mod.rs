@@ -1,5 +1,6 @@
 //! One file a command: its arguments, a call into the library, and what it prints.
 
+mod bench;
 mod chat;
 mod check;
 mod completions;
@@ -63,6 +64,8 @@ enum Command {
     Synth(synth::Synth),
     /// Train a tokenizer on text.
     Tokenizer(tokenizer::TokenizerTrain),
+    /// Measure speed on random weights.
+    Bench(bench::Bench),
     /// Check this machine.
     Doctor(doctor::Doctor),
     /// Print shell completions or the manual page.
@@ -105,6 +108,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Logits(c) => c.run(out),
         Command::Synth(c) => c.run(out),
         Command::Tokenizer(c) => c.run(out),
+        Command::Bench(c) => c.run(out),
         Command::Doctor(c) => c.run(out),
         Command::Completions(c) => c.run(Cli::command()),
     };

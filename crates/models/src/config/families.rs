@@ -103,13 +103,17 @@ fn activation(json: &Json<'_>, key: &str, default: &str) -> Result<Activation> {
 
 fn decoder(json: &Json<'_>, family: &str) -> Result<ModelConfig> {
     expect_causal(json)?;
-    let hidden = json.usize("hidden_size")?;
-    let heads = json.usize("num_attention_heads")?;
-    let layers = json.usize("num_hidden_layers")?;
-    if heads == 0 || hidden == 0 {
-        return Err(json.error("num_attention_heads", "must be at least 1"));
+    let hidden = json.size("hidden_size")?;
+    let heads = json.size("num_attention_heads")?;
+    let layers = json.layers("num_hidden_layers")?;
+    let head_dim = json.size_or("head_dim", if family == "gemma2" { 256 } else { hidden / heads })?;
+    if !head_dim.is_multiple_of(2) {
+        return Err(json.error("head_dim", format!("{head_dim} is odd: rotary positions turn pairs")));
     }
-    let head_dim = json.usize_or("head_dim", if family == "gemma2" { 256 } else { hidden / heads })?;
+    let kv_heads = json.size_or("num_key_value_heads", heads)?;
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(json.error("num_key_value_heads", format!("{heads} query heads are not divisible by {kv_heads}")));
+    }
     let gemma = family == "gemma2";
     let activation = match (gemma, json.get("hidden_activation")) {
         (true, Some(_)) => activation(json, "hidden_activation", "gelu_pytorch_tanh")?,
@@ -125,10 +129,10 @@ fn decoder(json: &Json<'_>, family: &str) -> Result<ModelConfig> {
         hidden,
         layers,
         heads,
-        kv_heads: json.usize_or("num_key_value_heads", heads)?,
+        kv_heads,
         head_dim,
-        intermediate: json.usize("intermediate_size")?,
-        vocab: json.usize("vocab_size")?,
+        intermediate: json.size("intermediate_size")?,
+        vocab: json.size("vocab_size")?,
         max_positions: json.usize_or("max_position_embeddings", 2048)?,
         norm: NormKind::Rms { eps, offset: if gemma { 1.0 } else { 0.0 } },
         placement: if gemma { NormPlacement::Sandwich } else { NormPlacement::Pre },
@@ -169,6 +173,9 @@ fn windows(json: &Json<'_>, family: &str, layers: usize) -> Result<Vec<Option<us
         Some(_) => json.usize_opt("sliding_window")?,
         None => default,
     };
+    if window == Some(0) {
+        return Err(json.error("sliding_window", "must be at least 1, or null"));
+    }
     let qwen = family == "qwen2" || family == "qwen3";
     let window = if qwen && !json.bool_or("use_sliding_window", false)? { None } else { window };
     if let Some(types) = json.get("layer_types").and_then(|v| v.as_array())
@@ -204,13 +211,10 @@ fn gpt2(json: &Json<'_>) -> Result<ModelConfig> {
             return Err(json.error(key, "is not supported"));
         }
     }
-    let hidden = json.usize("n_embd")?;
-    let heads = json.usize("n_head")?;
-    let layers = json.usize("n_layer")?;
-    if heads == 0 || hidden % heads.max(1) != 0 {
-        return Err(json.error("n_head", format!("{hidden} is not divisible by {heads}")));
-    }
-    let positions = json.usize("n_positions")?;
+    let hidden = json.size("n_embd")?;
+    let heads = json.heads("n_head", hidden)?;
+    let layers = json.layers("n_layer")?;
+    let positions = json.size("n_positions")?;
     let head_dim = hidden / heads;
     Ok(ModelConfig {
         family: "gpt2".into(),
@@ -219,8 +223,8 @@ fn gpt2(json: &Json<'_>) -> Result<ModelConfig> {
         heads,
         kv_heads: heads,
         head_dim,
-        intermediate: json.usize_or("n_inner", 4 * hidden)?,
-        vocab: json.usize("vocab_size")?,
+        intermediate: json.size_or("n_inner", 4 * hidden)?,
+        vocab: json.size("vocab_size")?,
         max_positions: positions,
         norm: NormKind::Layer { eps: json.f64_or("layer_norm_epsilon", 1e-5)? },
         placement: NormPlacement::Pre,
@@ -251,12 +255,9 @@ fn gpt2(json: &Json<'_>) -> Result<ModelConfig> {
 }
 
 fn encoder(json: &Json<'_>, family: &str) -> Result<ModelConfig> {
-    let hidden = json.usize("hidden_size")?;
-    let heads = json.usize("num_attention_heads")?;
-    let layers = json.usize("num_hidden_layers")?;
-    if heads == 0 || hidden % heads.max(1) != 0 {
-        return Err(json.error("num_attention_heads", format!("{hidden} is not divisible by {heads}")));
-    }
+    let hidden = json.size("hidden_size")?;
+    let heads = json.heads("num_attention_heads", hidden)?;
+    let layers = json.layers("num_hidden_layers")?;
     if let Some(kind) = json.str_opt("position_embedding_type")?
         && kind != "absolute"
     {
@@ -280,8 +281,8 @@ fn encoder(json: &Json<'_>, family: &str) -> Result<ModelConfig> {
         heads,
         kv_heads: heads,
         head_dim: hidden / heads,
-        intermediate: json.usize("intermediate_size")?,
-        vocab: json.usize("vocab_size")?,
+        intermediate: json.size("intermediate_size")?,
+        vocab: json.size("vocab_size")?,
         max_positions: rows.saturating_sub(offset),
         norm: NormKind::Layer { eps: json.f64_or("layer_norm_eps", 1e-12)? },
         placement: NormPlacement::Post,

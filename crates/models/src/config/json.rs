@@ -55,6 +55,38 @@ impl<'a> Json<'a> {
             .transpose()
     }
 
+    fn at_least_one(&self, key: &str, n: usize) -> Result<usize> {
+        if n == 0 { Err(self.error(key, "must be at least 1")) } else { Ok(n) }
+    }
+
+    /// A width or a count: at least 1.
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
+        self.at_least_one(key, self.usize(key)?)
+    }
+
+    /// As [`Self::size`], where a missing key means `default`.
+    pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        self.at_least_one(key, self.usize_or(key, default)?)
+    }
+
+    /// The number of blocks; a list is made of that many, so that it has a bound.
+    pub(crate) fn layers(&self, key: &str) -> Result<usize> {
+        match self.usize(key)? {
+            n if n <= 1 << 16 => Ok(n),
+            n => Err(self.error(key, format!("{n} blocks are more than the 65536 that are supported"))),
+        }
+    }
+
+    /// A number of heads that divides `width`.
+    pub(crate) fn heads(&self, key: &str, width: usize) -> Result<usize> {
+        let heads = self.size(key)?;
+        if width.is_multiple_of(heads) {
+            Ok(heads)
+        } else {
+            Err(self.error(key, format!("{width} is not divisible by {heads}")))
+        }
+    }
+
     pub(crate) fn usize_or(&self, key: &str, default: usize) -> Result<usize> {
         Ok(self.usize_opt(key)?.unwrap_or(default))
     }

@@ -45,6 +45,20 @@ fn read(path: &Path) -> Result<(Content, BufReader<File>)> {
     Ok((content, reader))
 }
 
+/// One stored tensor, with the file's name in its error.
+fn stored(
+    path: &Path,
+    content: &Content,
+    reader: &mut BufReader<File>,
+    name: &str,
+    device: &Device,
+) -> Result<QTensor> {
+    content.tensor(reader, name, device).map_err(|e| Error::NotAModel {
+        path: path.to_owned(),
+        message: format!("tensor `{name}` cannot be read; is the file truncated? {e}"),
+    })
+}
+
 /// Opens a GGUF file: its architecture and its tensors.
 pub(crate) fn open(path: &Path) -> Result<(ModelConfig, GgufSource)> {
     let (content, mut reader) = read(path)?;
@@ -73,7 +87,7 @@ pub(crate) fn open(path: &Path) -> Result<(ModelConfig, GgufSource)> {
             return Ok(None);
         }
         taken.insert(name.to_owned());
-        let values = content.tensor(&mut reader, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+        let values = stored(path, &content, &mut reader, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
         Ok(Some(values.to_vec1::<f32>()?.into_iter().map(f64::from).collect()))
     };
     let both = factors("rope_freqs.weight")?;
@@ -110,7 +124,7 @@ pub(crate) fn hash(path: &Path) -> Result<String> {
     names.sort();
     let mut parts: Vec<Vec<u8>> = Vec::new();
     for name in names {
-        let tensor = content.tensor(&mut reader, name, &Device::Cpu)?;
+        let tensor = stored(path, &content, &mut reader, name, &Device::Cpu)?;
         parts.push(format!("{name}{:?}{:?}", tensor.dtype(), tensor.shape().dims()).into_bytes());
         parts.push(of_parts(std::iter::once(tensor.data()?.as_ref())).into_bytes());
     }
@@ -132,8 +146,8 @@ impl GgufSource {
             _ => None,
         };
         // Rows are put in order on the CPU; the result goes to the device.
-        let stored = if heads.is_some() { &Device::Cpu } else { device };
-        let tensor = self.content.tensor(&mut self.reader, &own, stored)?;
+        let place = if heads.is_some() { &Device::Cpu } else { device };
+        let tensor = stored(&self.path, &self.content, &mut self.reader, &own, place)?;
         if tensor.shape().dims() != shape {
             return Err(Error::Shape {
                 path: self.path.clone(),
