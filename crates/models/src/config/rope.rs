@@ -93,6 +93,12 @@ impl RopeSpec {
             Some(partial) => partial,
             None => json.f64_or("partial_rotary_factor", 1.0)?,
         };
+        if !(theta > 0.0 && theta.is_finite()) {
+            return Err(json.error("rope_theta", format!("{theta} is not a positive number")));
+        }
+        if !(partial > 0.0 && partial <= 1.0) {
+            return Err(json.error("partial_rotary_factor", format!("{partial} is not within (0, 1]")));
+        }
         let dim = (head_dim as f64 * partial) as usize;
         let scaling = match &nested {
             Some(nested) => scaling(json, nested, max_positions, dim)?,
