@@ -33,7 +33,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         self.low_rank(base)?.map(|view| view.delta(base)).transpose()
     }
 
-    /// Change of the vectors [n, width] of the tokens `ids` [n] where the map is an embedding; None for methods that are no
+    /// Change of the vectors [n, width] of the tokens `ids` `[n]` where the map is an embedding; None for methods that are no
     /// plain low-rank product.
     ///
     /// # Errors

@@ -76,7 +76,7 @@ impl<'a> LowRankView<'a> {
         unflatten(&out, &shape)
     }
 
-    /// The product's part for one-hot inputs, s * B (c * A[:, id]) for each of `ids` [n]: [n, d_out] in the dtype of `a`.
+    /// The product's part for one-hot inputs, s * B (c * A[:, id]) for each of `ids` `[n]`: [n, d_out] in the dtype of `a`.
     ///
     /// # Errors
     /// If an id is outside A.
