@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use espalier_kernels::frozen::FrozenWeight;
 use espalier_kernels::norm;
+use espalier_kernels::part::{Factors, PartNorm, Projection};
 
 use crate::adapter::Adapter;
 pub use crate::embedding::{Embedding, TokenRows};
@@ -98,6 +99,32 @@ impl Linear {
         }
     }
 
+    /// The map as it takes part in a fused operation; None where it has no such form now: a trained bias, a method that is no
+    /// low-rank product, or dropout between.
+    ///
+    /// # Errors
+    /// If a derived gain cannot be computed.
+    pub fn projection(&self, flow: &Flow) -> Result<Option<Projected>> {
+        if self.bias.as_ref().is_some_and(|b| b.trained().is_some()) {
+            return Ok(None);
+        }
+        let bias = self.bias.as_ref().map(|b| b.get().clone());
+        let plain = Projection { weight: self.base.clone(), bias, low_rank: None };
+        let Some(adapter) = &self.adapter else { return Ok(Some(Projected { projection: plain, factors: None })) };
+        if flow.train && adapter.dropout() > 0.0 {
+            return Ok(None);
+        }
+        let Some(view) = adapter.low_rank(&self.base)? else { return Ok(None) };
+        let a = match view.rank_scale {
+            Some(scale) => view.a.broadcast_mul(&scale.unsqueeze(1)?)?,
+            None => view.a.clone(),
+        };
+        let factors = Factors { rank: a.dim(0)?, scale: view.scale, gain: view.gain.is_some() };
+        let weight = view.residual.unwrap_or(&self.base).clone();
+        let projection = Projection { weight, low_rank: Some(factors), ..plain };
+        Ok(Some(Projected { projection, factors: Some((a, view.b.clone(), view.gain)) }))
+    }
+
     /// Module path in the base model's naming.
     pub fn path(&self) -> &str {
         &self.path
@@ -150,6 +177,41 @@ impl Linear {
     }
 }
 
+/// A linear map in the form that fused operations take.
+#[derive(Debug, Clone)]
+pub struct Projected {
+    /// The frozen part and the shape of the adapter's.
+    pub projection: Projection,
+    /// A [R, d_in], B [d_out, R] and the gain `[d_out]`, on the tape.
+    pub factors: Option<(Tensor, Tensor, Option<Tensor>)>,
+}
+
+/// The maps of one input in that form; None if one of them has none.
+///
+/// # Errors
+/// As [`Linear::projection`].
+pub fn projections<'a>(linears: impl IntoIterator<Item = &'a Linear>, flow: &Flow) -> Result<Option<Vec<Projected>>> {
+    linears.into_iter().map(|linear| linear.projection(flow)).collect()
+}
+
+/// The flat parameters of a fused operation: for each group of maps with one input, A of all, then B and gain of each. None if
+/// there are none.
+///
+/// # Errors
+/// If tensors are on different devices.
+pub fn flat_parameters(groups: &[&[Projected]]) -> Result<Option<Tensor>> {
+    let mut parts = Vec::new();
+    for group in groups {
+        let factors = || group.iter().filter_map(|p| p.factors.as_ref());
+        factors().try_for_each(|(a, ..)| a.flatten_all().map(|a| parts.push(a)))?;
+        for (_, b, gain) in factors() {
+            parts.push(b.flatten_all()?);
+            parts.extend(gain.clone());
+        }
+    }
+    if parts.is_empty() { Ok(None) } else { Ok(Some(Tensor::cat(&parts, 0)?)) }
+}
+
 /// A normalisation over the last dimension.
 #[derive(Debug, Clone)]
 pub struct Norm {
@@ -191,6 +253,20 @@ impl Norm {
             NormKind::Rms { eps, offset } => norm::rms_norm(x, self.weight.get(), eps, offset)?,
             NormKind::Layer { eps } => norm::layer_norm(x, self.weight.get(), self.bias.as_ref().map(Dense::get), eps)?,
         })
+    }
+
+    /// The norm as it takes part in a fused operation; None while it is trained.
+    pub fn frozen_part(&self) -> Option<PartNorm> {
+        let trained = |dense: &Dense| dense.trained().is_some();
+        if trained(&self.weight) || self.bias.as_ref().is_some_and(trained) {
+            return None;
+        }
+        let weight = self.weight.get().clone();
+        match (self.kind, &self.bias) {
+            (NormKind::Rms { eps, offset }, _) => Some(PartNorm::Rms { weight, eps, offset }),
+            (NormKind::Layer { eps }, Some(bias)) => Some(PartNorm::Layer { weight, bias: bias.get().clone(), eps }),
+            (NormKind::Layer { .. }, None) => None,
+        }
     }
 
     /// Module path in the base model's naming.

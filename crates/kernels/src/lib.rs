@@ -17,6 +17,7 @@ pub mod cross_entropy;
 pub mod frozen;
 pub mod low_rank;
 pub mod norm;
+pub mod part;
 pub mod rope;
 pub mod softmax;
 
@@ -24,6 +25,7 @@ mod element;
 mod math;
 mod matmul;
 mod parallel;
+mod product;
 mod simd;
 mod vector;
 

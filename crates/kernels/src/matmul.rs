@@ -46,12 +46,6 @@ impl Target {
     pub(crate) fn new(out: &mut [f32], stride: usize) -> Self {
         Self { start: out.as_mut_ptr(), len: out.len(), stride }
     }
-
-    /// The part that starts `offset` entries on.
-    pub(crate) fn skip(self, offset: usize) -> Self {
-        assert!(offset <= self.len, "matrix product: target offset {offset} beyond {}", self.len);
-        Self { start: self.start.wrapping_add(offset), len: self.len - offset, stride: self.stride }
-    }
 }
 
 /// dst[m, n] <- (dst if `accumulate`) + beta * a[m, k] b[k, n]; on several threads if `parallel` and large enough.

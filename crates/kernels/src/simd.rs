@@ -4,8 +4,8 @@
 //! instruction. The body is plain Rust over slices that the compiler vectorises for each level.
 
 /// What the running processor offers.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
     /// SSE2 only.
     Baseline,
@@ -13,9 +13,11 @@ pub(crate) enum Level {
     V3,
     /// AVX-512 F, BW, DQ, VL.
     V4,
+    /// That and products of bf16 pairs.
+    V4Bf16,
 }
 
-/// The level of this machine, detected once.
+/// The level of this machine, detected once; `ESPALIER_SIMD` (`baseline`, `avx2`, `avx512`) asks for a lower one.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
@@ -26,12 +28,30 @@ pub(crate) fn level() -> Level {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        match (v4, v3) {
+        let found = match (v4, v3) {
+            (true, _) if is_x86_feature_detected!("avx512bf16") => Level::V4Bf16,
             (true, _) => Level::V4,
             (_, true) => Level::V3,
             _ => Level::Baseline,
+        };
+        match std::env::var("ESPALIER_SIMD").as_deref() {
+            Ok("baseline") => Level::Baseline,
+            Ok("avx2") => found.min(Level::V3),
+            Ok("avx512") => found.min(Level::V4),
+            _ => found,
         }
     })
+}
+
+/// Everything but x86 takes the portable loops.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn level() -> Level {
+    Level::Baseline
+}
+
+/// Whether products of bf16 pairs are one instruction.
+pub(crate) fn has_bf16() -> bool {
+    level() == Level::V4Bf16
 }
 
 macro_rules! multiversion {
@@ -54,7 +74,7 @@ macro_rules! multiversion {
                 }
                 match $crate::simd::level() {
                     // SAFETY: `level` has seen these features on this processor.
-                    $crate::simd::Level::V4 => return unsafe { v4($($arg),*) },
+                    $crate::simd::Level::V4 | $crate::simd::Level::V4Bf16 => return unsafe { v4($($arg),*) },
                     // SAFETY: as above.
                     $crate::simd::Level::V3 => return unsafe { v3($($arg),*) },
                     $crate::simd::Level::Baseline => {}

@@ -1,9 +1,12 @@
 //! Multi-head attention with grouped keys and values, windows, soft caps, per-head norms and rotary positions, as switches.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
-use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::module::{Linear, Norm, flat_parameters, projections};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::attention::attention;
+use espalier_kernels::part::{self, AttentionPart};
 use espalier_kernels::rope::rope;
 
 use crate::Result;
@@ -80,6 +83,44 @@ impl Attention {
         };
         let out = attention(&q, &k, &v, context.attention(self.layer))?;
         Ok(self.o.forward(&out.reshape((b, t, q_width))?, flow)?)
+    }
+
+    /// The whole as one operation, norm before and residual sum after included; None where something in it has no such form.
+    pub(crate) fn fused(
+        &self,
+        x: &Tensor,
+        norm: Option<&Norm>,
+        residual: bool,
+        context: &Context,
+        flow: &Flow,
+    ) -> Result<Option<Tensor>> {
+        let norm = match norm.map(Norm::frozen_part) {
+            Some(None) => return Ok(None),
+            Some(part) => part,
+            None => None,
+        };
+        if self.q_norm.is_some() || self.k_norm.is_some() {
+            return Ok(None);
+        }
+        let (Some(inputs), Some(output)) = (projections(&self.qkv, flow)?, self.o.projection(flow)?) else {
+            return Ok(None);
+        };
+        let parameters = flat_parameters(&[&inputs, std::slice::from_ref(&output)])?;
+        if !part::is_fused(x, parameters.as_ref()) {
+            return Ok(None);
+        }
+        let part = AttentionPart {
+            norm,
+            inputs: inputs.into_iter().map(|p| p.projection).collect(),
+            output: output.projection,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            rotary: context.rotary.clone(),
+            spec: context.attention(self.layer).clone(),
+            residual,
+        };
+        Ok(Some(part::attention_part(x, parameters.as_ref(), &Arc::new(part))?))
     }
 
     pub(crate) fn walk(

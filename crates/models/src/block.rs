@@ -1,9 +1,12 @@
 //! One block: attention and MLP with their norms, placed before, after, or on both sides.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
-use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::module::{Linear, Norm, flat_parameters, projections};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::activation::{Activation, activate, gated};
+use espalier_kernels::part::{self, FeedForwardPart};
 
 use crate::Result;
 use crate::attention::Attention;
@@ -52,6 +55,33 @@ impl Mlp {
     }
 }
 
+impl Mlp {
+    /// The whole as one operation, norm before and residual sum after included; None where something in it has no such form.
+    fn fused(&self, x: &Tensor, norm: Option<&Norm>, residual: bool, flow: &Flow) -> Result<Option<Tensor>> {
+        let norm = match norm.map(Norm::frozen_part) {
+            Some(None) => return Ok(None),
+            Some(part) => part,
+            None => None,
+        };
+        let (Some(inputs), Some(output)) = (projections(&self.gate_up, flow)?, self.down.projection(flow)?) else {
+            return Ok(None);
+        };
+        let parameters = flat_parameters(&[&inputs, std::slice::from_ref(&output)])?;
+        if !part::is_fused(x, parameters.as_ref()) {
+            return Ok(None);
+        }
+        let part = FeedForwardPart {
+            norm,
+            inputs: inputs.into_iter().map(|p| p.projection).collect(),
+            output: output.projection,
+            activation: self.activation,
+            gated: self.gated,
+            residual,
+        };
+        Ok(Some(part::feed_forward_part(x, parameters.as_ref(), &Arc::new(part))?))
+    }
+}
+
 /// One block.
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -81,20 +111,54 @@ impl Block {
         let n = &self.norms;
         Ok(match self.placement {
             NormPlacement::Pre => {
-                let x = (x + self.attention.forward(&n[0].forward(x)?, context, flow, cache)?)?;
-                (&x + self.mlp.forward(&n[1].forward(&x)?, flow)?)?
+                let x = self.attend(x, Some(&n[0]), true, context, flow, cache)?;
+                self.feed(&x, Some(&n[1]), true, flow)?
             }
             NormPlacement::Post => {
-                let x = n[0].forward(&(x + self.attention.forward(x, context, flow, cache)?)?)?;
-                n[1].forward(&(&x + self.mlp.forward(&x, flow)?)?)?
+                let x = n[0].forward(&self.attend(x, None, true, context, flow, cache)?)?;
+                n[1].forward(&self.feed(&x, None, true, flow)?)?
             }
             NormPlacement::Sandwich => {
-                let attended = self.attention.forward(&n[0].forward(x)?, context, flow, cache)?;
+                let attended = self.attend(x, Some(&n[0]), false, context, flow, cache)?;
                 let x = (x + n[1].forward(&attended)?)?;
-                let fed = self.mlp.forward(&n[2].forward(&x)?, flow)?;
+                let fed = self.feed(&x, Some(&n[2]), false, flow)?;
                 (&x + n[3].forward(&fed)?)?
             }
         })
+    }
+
+    /// Attention of the normalised input, added to the input if `residual`: as one operation where it has that form.
+    fn attend(
+        &self,
+        x: &Tensor,
+        norm: Option<&Norm>,
+        residual: bool,
+        context: &Context,
+        flow: &Flow,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        if cache.is_none()
+            && let Some(y) = self.attention.fused(x, norm, residual, context, flow)?
+        {
+            return Ok(y);
+        }
+        let y = match norm {
+            Some(norm) => self.attention.forward(&norm.forward(x)?, context, flow, cache)?,
+            None => self.attention.forward(x, context, flow, cache)?,
+        };
+        if residual { Ok((x + y)?) } else { Ok(y) }
+    }
+
+    /// The same for the feed-forward part.
+    fn feed(&self, x: &Tensor, norm: Option<&Norm>, residual: bool, flow: &Flow) -> Result<Tensor> {
+        if let Some(y) = self.mlp.fused(x, norm, residual, flow)? {
+            return Ok(y);
+        }
+        let y = match norm {
+            Some(norm) => self.mlp.forward(&norm.forward(x)?, flow)?,
+            None => self.mlp.forward(x, flow)?,
+        };
+        if residual { Ok((x + y)?) } else { Ok(y) }
     }
 
     pub(crate) fn walk(

@@ -9,7 +9,8 @@ use crate::{Error, Result};
 /// Its name, where a model is asked for.
 pub const NAME: &str = "seedling";
 
-const FILES: &[(&str, &[u8])] = &[
+// A static, not a const: a const would be in the binary once for each place that names it.
+static FILES: &[(&str, &[u8])] = &[
     ("config.json", include_bytes!("../assets/seedling/config.json")),
     ("model.safetensors", include_bytes!("../assets/seedling/model.safetensors")),
     ("tokenizer.json", include_bytes!("../assets/seedling/tokenizer.json")),

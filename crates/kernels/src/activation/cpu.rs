@@ -122,6 +122,21 @@ fn pointwise<T: Element>(a: &[T], b: &[T], f: impl Fn(&[f32], &[f32], &mut [f32]
     out
 }
 
+/// act(x), entry by entry.
+pub(crate) fn activated<T: Element>(kind: Activation, x: &[T]) -> Vec<T> {
+    pointwise(x, x, |x, _, y| values(kind, x, y))
+}
+
+/// The gradient of `x` for `g` of act(x).
+pub(crate) fn activated_gradient<T: Element>(kind: Activation, x: &[T], g: &[T]) -> Vec<T> {
+    pointwise(x, g, |x, g, dx| slopes(kind, x, g, dx))
+}
+
+/// act(x) up, entry by entry.
+pub(crate) fn gated_forward<T: Element>(kind: Activation, x: &[T], up: &[T]) -> Vec<T> {
+    pointwise(x, up, |x, up, y| gated_values(kind, x, up, y))
+}
+
 /// act(x).
 pub(super) struct Activate(pub(super) Activation);
 
@@ -132,8 +147,7 @@ impl CustomOp1 for Activate {
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout) -> Result<(CpuStorage, Shape)> {
         let out = by_dtype!(x.dtype(), self.name(), T => {
-            let x = slice::<T>(x, lx)?;
-            <T as WithDType>::to_cpu_storage_owned(pointwise(x, x, |x, _, y| values(self.0, x, y)))
+            <T as WithDType>::to_cpu_storage_owned(activated(self.0, slice::<T>(x, lx)?))
         });
         Ok((out, lx.shape().clone()))
     }
@@ -143,7 +157,7 @@ impl CustomOp1 for Activate {
         let ((sx, lx), (sg, lg)) = (x.storage_and_layout(), g.storage_and_layout());
         by_dtype!(x.dtype(), self.name(), T => {
             let (xs, gs) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
-            Ok(Some(tensor_like(pointwise(xs, gs, |x, g, dx| slopes(self.0, x, g, dx)), x)?))
+            Ok(Some(tensor_like(activated_gradient(self.0, xs, gs), x)?))
         })
     }
 }
@@ -159,7 +173,7 @@ impl CustomOp2 for Gated {
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, up: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
         let out = by_dtype!(x.dtype(), self.name(), T => {
             let (x, up) = (slice::<T>(x, lx)?, slice::<T>(up, lu)?);
-            <T as WithDType>::to_cpu_storage_owned(pointwise(x, up, |x, up, y| gated_values(self.0, x, up, y)))
+            <T as WithDType>::to_cpu_storage_owned(gated_forward(self.0, x, up))
         });
         Ok((out, lx.shape().clone()))
     }
@@ -175,7 +189,8 @@ impl CustomOp2 for Gated {
     }
 }
 
-fn gated_gradients<T: Element>(
+/// The gradients of x and up for `g` of act(x) up.
+pub(crate) fn gated_gradients<T: Element>(
     kind: Activation,
     x: &[T],
     up: &[T],

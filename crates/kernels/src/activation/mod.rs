@@ -6,7 +6,7 @@
 //! Source:   arXiv 1606.08415 (gelu), arXiv 1702.03118 (silu), arXiv 2002.05202 (gated units)
 //! Cost:     one pass forward; the backward pass recomputes the activation instead of storing it
 
-mod cpu;
+pub(crate) mod cpu;
 pub mod reference;
 
 use crate::fused;

@@ -61,6 +61,24 @@ pub(super) fn tokens_per_tile(dims: &Dims) -> usize {
     (ROWS / dims.group()).max(1)
 }
 
+/// Output [b, tq, h, dv] and ln-sums [b, tq, h].
+pub(crate) fn run<T: Element>(dims: &Dims, spec: &AttentionSpec, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, Vec<f32>) {
+    if dims.tq == 1 { decode::forward::<T>(dims, spec, q, k, v) } else { forward::forward::<T>(dims, spec, q, k, v) }
+}
+
+/// The gradients of q, k and v.
+pub(crate) fn gradients<T: Element>(
+    dims: &Dims,
+    spec: &AttentionSpec,
+    (q, k, v): (&[T], &[T], &[T]),
+    (out, log_sums): (&[T], &[f32]),
+    g: &[T],
+) -> (Vec<T>, Vec<T>, Vec<T>) {
+    let saved = backward::Saved { q, k, v, out, g, log_sums };
+    let (dq, dk, dv) = backward::backward(dims, spec, &saved, backward::Want { q: true, k: true, v: true });
+    (dq.unwrap_or_default(), dk.unwrap_or_default(), dv.unwrap_or_default())
+}
+
 /// Fused attention.
 pub(super) struct Attention {
     pub(super) spec: AttentionSpec,
@@ -92,8 +110,7 @@ impl CustomOp3 for Attention {
         let dims = dims_of(lq.dims(), lk.dims(), lv.dims())?;
         let out = by_dtype!(q.dtype(), self.name(), T => {
             let (q, k, v) = (slice::<T>(q, lq)?, slice::<T>(k, lk)?, slice::<T>(v, lv)?);
-            let run = if dims.tq == 1 { decode::forward::<T> } else { forward::forward::<T> };
-            let (out, log_sums) = run(&dims, &self.spec, q, k, v);
+            let (out, log_sums) = run::<T>(&dims, &self.spec, q, k, v);
             let _ = self.log_sums.set(log_sums);
             <T as WithDType>::to_cpu_storage_owned(out)
         });

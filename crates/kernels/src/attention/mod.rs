@@ -9,7 +9,7 @@
 //!           query and head kept for the backward pass
 
 mod backward;
-mod cpu;
+pub(crate) mod cpu;
 mod decode;
 mod forward;
 mod mask;
@@ -52,14 +52,14 @@ impl Segments {
 
 /// Sizes of one attention.
 #[derive(Debug, Clone, Copy)]
-struct Dims {
-    b: usize,
-    tq: usize,
-    tk: usize,
-    h: usize,
-    kv: usize,
-    d: usize,
-    dv: usize,
+pub(crate) struct Dims {
+    pub(crate) b: usize,
+    pub(crate) tq: usize,
+    pub(crate) tk: usize,
+    pub(crate) h: usize,
+    pub(crate) kv: usize,
+    pub(crate) d: usize,
+    pub(crate) dv: usize,
 }
 
 impl Dims {

@@ -1,17 +1,18 @@
 //! Products with a frozen matrix on the CPU.
 //!
-//! Few rows (decoding): one dot product per output row, straight from the stored form. f32: one matrix product. Other
-//! storage, forward: blocks of weight rows are widened to f32 and multiplied, in parallel. Transposed: blocks of columns
-//! in parallel, weight rows summed in order. Block sizes depend on shapes only.
+//! Few rows (decoding): one dot product per output row, straight from the stored form. Else a product whose panels are
+//! unpacked from the stored form as they are needed, so that the matrix never exists in another type as a whole.
 
 use super::FrozenWeight;
 use super::gguf::Blocks;
 use super::int8::Int8;
 use super::nf4::Nf4;
 use crate::element::{Element, by_dtype, cpu_slice, slice};
-use crate::matmul::{Matrix, Target, product};
 use crate::parallel::{self, chunks};
-use crate::vector::{dot, dot_bf16, dot_i8};
+use crate::product::{
+    Multiply, Right, Term, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
+};
+use crate::vector::{dot, dot_bf16, dot_i8, to_bf16};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
@@ -36,9 +37,8 @@ impl CustomOp1 for FrozenProduct {
         let n = layout.shape().dims2()?.0;
         let (d_out, d_in) = self.weight.dims();
         let out = by_dtype!(x.dtype(), self.name(), T => {
-            let x = T::widened(slice::<T>(x, layout)?);
-            let y = multiply(&self.weight, &x, n, self.transposed)?;
-            <T as WithDType>::to_cpu_storage_owned(T::narrowed(y))
+            let y = multiply::<T>(&self.weight, slice::<T>(x, layout)?, n, self.transposed, &[])?;
+            <T as WithDType>::to_cpu_storage_owned(y)
         });
         Ok((out, Shape::from((n, if self.transposed { d_in } else { d_out }))))
     }
@@ -49,12 +49,151 @@ impl CustomOp1 for FrozenProduct {
     }
 }
 
-/// x W^T for rows x [n, d_in], or x W for rows x [n, d_out] if `is_transposed`, in f32.
-pub(crate) fn multiply(weight: &FrozenWeight, x: &[f32], n: usize, is_transposed: bool) -> Result<Vec<f32>> {
+/// x W^T for rows x [n, d_in], or x W for rows x [n, d_out] if `transposed`, and the terms of `beside` added to it.
+pub(crate) fn multiply<T: Multiply>(
+    weight: &FrozenWeight,
+    x: &[T],
+    n: usize,
+    transposed: bool,
+    beside: &[Term<'_>],
+) -> Result<Vec<T>> {
     let (d_out, d_in) = weight.dims();
     with_source(weight, |source| {
-        if is_transposed { transposed(source, x, n, d_out, d_in) } else { forward(source, x, n, d_out, d_in) }
+        if n <= FEW && !transposed {
+            let mut y = few(source, &T::widened(x), n, d_out, d_in);
+            if !beside.is_empty() {
+                crate::vector::axpy(1.0, &f32::multiply(n, d_out, beside), &mut y);
+            }
+            return T::narrowed(y);
+        }
+        let operand = Operand { source, d_out, d_in, transposed };
+        let mut wide = Vec::new();
+        let mut terms = vec![Term::new(T::rows(x, &mut wide), &operand)];
+        terms.extend(beside.iter().copied());
+        T::multiply(n, if transposed { d_in } else { d_out }, &terms)
     })
+}
+
+/// Runs `f` on W [d_out, d_in] of each of `weights` as right operands.
+pub(crate) fn with_transposed<R>(
+    weights: &[&FrozenWeight],
+    before: &[&dyn Right],
+    f: &mut dyn FnMut(&[&dyn Right]) -> R,
+) -> Result<R> {
+    let Some((weight, rest)) = weights.split_first() else { return Ok(f(before)) };
+    let (d_out, d_in) = weight.dims();
+    with_source(weight, |source| {
+        let operand = Operand { source, d_out, d_in, transposed: true };
+        let operands: Vec<&dyn Right> = before.iter().copied().chain([&operand as &dyn Right]).collect();
+        with_transposed(rest, &operands, f)
+    })?
+}
+
+/// A stored weight as the right operand of a product: W^T [d_in, d_out], or W [d_out, d_in] if `transposed`.
+struct Operand<'a> {
+    source: &'a Source<'a>,
+    d_out: usize,
+    d_in: usize,
+    transposed: bool,
+}
+
+impl Operand<'_> {
+    /// Rows `first..first + count` of the weight in f32, of columns `start..start + len`.
+    fn rows(&self, first: usize, count: usize, (start, len): (usize, usize)) -> Vec<f32> {
+        let mut rows = vec![0f32; count * len];
+        for (r, row) in rows.chunks_exact_mut(len).enumerate() {
+            self.source.load(self.d_in, first + r, start, row);
+        }
+        rows
+    }
+}
+
+impl Right for Operand<'_> {
+    fn k(&self) -> usize {
+        if self.transposed { self.d_out } else { self.d_in }
+    }
+
+    fn n(&self) -> usize {
+        if self.transposed { self.d_in } else { self.d_out }
+    }
+
+    fn strip(&self) -> usize {
+        match (self.transposed, self.source) {
+            // Columns across many rows: whole blocks of the stored form at once.
+            (true, Source::Nf4(_) | Source::Int8(_) | Source::Gguf(_)) => 256,
+            _ => 0,
+        }
+    }
+
+    fn pack(&self, first: usize, columns: usize, mut dst: &mut [f32]) {
+        let (k, d_in) = (self.k(), self.d_in);
+        if self.transposed {
+            let mut scratch = vec![0f32; columns];
+            for p in 0..k {
+                if let Source::F32(w) = self.source {
+                    scatter(&w[p * d_in + first..][..columns], k, p, dst);
+                } else {
+                    self.source.load(d_in, p, first, &mut scratch);
+                    scatter(&scratch, k, p, dst);
+                }
+            }
+            return;
+        }
+        for (at, width) in panels_of(columns) {
+            let (panel, rest) = std::mem::take(&mut dst).split_at_mut(k * width);
+            dst = rest;
+            let (start, here) = (first + at, panel_width().min(columns - at));
+            if let Source::F32(w) = self.source {
+                let rows: Vec<&[f32]> = w[start * d_in..].chunks(d_in).take(here).collect();
+                transpose(&rows, k, width, 0.0, panel);
+            } else {
+                let values = self.rows(start, here, (0, d_in));
+                let rows: Vec<&[f32]> = values.chunks(d_in).collect();
+                transpose(&rows, k, width, 0.0, panel);
+            }
+        }
+    }
+
+    fn pack_pairs(&self, first: usize, columns: usize, mut dst: &mut [u16]) {
+        let (k, d_in) = (self.k(), self.d_in);
+        let direct: Option<&[u16]> = match self.source {
+            Source::Bf16(w) => Some(w.reinterpret_cast()),
+            _ => None,
+        };
+        if self.transposed {
+            let mut scratch = [vec![0u16; columns], vec![0u16; columns]];
+            let mut wide = vec![0f32; columns];
+            for p in (0..k).step_by(2) {
+                if let Some(w) = direct {
+                    let row = |p: usize| &w[p * d_in + first..][..columns];
+                    scatter_pairs(row(p), (p + 1 < k).then(|| row(p + 1)), k, p, dst);
+                    continue;
+                }
+                for (i, row) in scratch.iter_mut().enumerate().take(k - p) {
+                    self.source.load(d_in, p + i, first, &mut wide);
+                    to_bf16(&wide, row);
+                }
+                let [even, odd] = &scratch;
+                scatter_pairs(even, (p + 1 < k).then_some(odd), k, p, dst);
+            }
+            return;
+        }
+        for (at, width) in panels_of(columns) {
+            let (panel, rest) = std::mem::take(&mut dst).split_at_mut(k.div_ceil(2) * 2 * width);
+            dst = rest;
+            let (start, here) = (first + at, panel_width().min(columns - at));
+            if let Some(w) = direct {
+                let rows: Vec<&[u16]> = w[start * d_in..].chunks(d_in).take(here).collect();
+                transpose_pairs(&rows, k, width, panel);
+            } else {
+                let values = self.rows(start, here, (0, d_in));
+                let mut halves = vec![0u16; values.len()];
+                to_bf16(&values, &mut halves);
+                let rows: Vec<&[u16]> = halves.chunks(d_in).collect();
+                transpose_pairs(&rows, k, width, panel);
+            }
+        }
+    }
 }
 
 /// The stored weights, readable in runs of a row.
@@ -122,35 +261,6 @@ impl Source<'_> {
     }
 }
 
-/// x [n, d_in] W^T.
-fn forward(source: &Source<'_>, x: &[f32], n: usize, d_out: usize, d_in: usize) -> Vec<f32> {
-    if n <= FEW {
-        return few(source, x, n, d_out, d_in);
-    }
-    let mut y = vec![0f32; n * d_out];
-    let target = Target::new(&mut y, d_out);
-    let xm = Matrix::rows(x, d_in);
-    if let Source::F32(w) = source {
-        // SAFETY: `y` is ours alone.
-        unsafe { product((n, d_out, d_in), target, false, xm, Matrix::rows(w, d_in).t(), 1.0, true) };
-        return y;
-    }
-    // Blocks of about half a megabyte, a multiple of 16 rows.
-    let block = ((1 << 17) / d_in / 16 * 16).clamp(16, 256);
-    parallel::map(d_out.div_ceil(block), n * d_out * d_in / 16, |i| {
-        let first = i * block;
-        let rows = block.min(d_out - first);
-        let mut w = vec![0f32; rows * d_in];
-        for (r, dst) in w.chunks_mut(d_in).enumerate() {
-            source.load(d_in, first + r, 0, dst);
-        }
-        let wm = Matrix::rows(&w, d_in).t();
-        // SAFETY: each task writes its own columns first..first + rows of `y`, which outlives the tasks.
-        unsafe { product((n, rows, d_in), target.skip(first), false, xm, wm, 1.0, false) };
-    });
-    y
-}
-
 /// x [n, d_in] W^T for few rows.
 fn few(source: &Source<'_>, x: &[f32], n: usize, d_out: usize, d_in: usize) -> Vec<f32> {
     const ROWS: usize = 32;
@@ -172,40 +282,6 @@ fn few(source: &Source<'_>, x: &[f32], n: usize, d_out: usize, d_in: usize) -> V
         y.iter_mut().zip(by_output.iter().skip(j).step_by(n)).for_each(|(y, v)| *y = *v);
     }
     y
-}
-
-/// g [n, d_out] W.
-fn transposed(source: &Source<'_>, g: &[f32], n: usize, d_out: usize, d_in: usize) -> Vec<f32> {
-    const ROWS: usize = 256;
-    let mut dx = vec![0f32; n * d_in];
-    if n == 0 {
-        return dx;
-    }
-    let target = Target::new(&mut dx, d_in);
-    let gm = Matrix::rows(g, d_out);
-    if let Source::F32(w) = source {
-        // SAFETY: `dx` is ours alone.
-        unsafe { product((n, d_in, d_out), target, false, gm, Matrix::rows(w, d_in), 1.0, true) };
-        return dx;
-    }
-    // A multiple of 256 columns, so that no GGUF block is cut.
-    let block = if d_in <= 2048 { 256 } else { 512 };
-    parallel::map(d_in.div_ceil(block), n * d_out * d_in / 16, |i| {
-        let first = i * block;
-        let columns = block.min(d_in - first);
-        let mut w = vec![0f32; ROWS * columns];
-        for top in (0..d_out).step_by(ROWS) {
-            let rows = ROWS.min(d_out - top);
-            for (r, dst) in w.chunks_mut(columns).take(rows).enumerate() {
-                source.load(d_in, top + r, first, dst);
-            }
-            let part = Matrix::rows(&g[top..], d_out);
-            let wm = Matrix::rows(&w, columns);
-            // SAFETY: each task writes its own columns first..first + columns of `dx`, which outlives the tasks.
-            unsafe { product((n, columns, rows), target.skip(first), top > 0, part, wm, 1.0, false) };
-        }
-    });
-    dx
 }
 
 /// The matrix in f32.

@@ -1,9 +1,10 @@
-//! The fused product on the CPU: the low-rank part is added into the frozen product's result; the backward pass forms
-//! dA, dB and dx from the kept A x, and never a gradient of the frozen weight.
+//! The fused product on the CPU: the low-rank part is a second term of the frozen product's sum, forward and backward; dA and
+//! dB come from the kept A x, and a gradient of the frozen weight never exists.
 
-use crate::element::{Element, by_dtype, slice};
+use crate::element::{Element, by_dtype, cpu_slice, slice, tensor_like};
 use crate::frozen::{FrozenWeight, multiply_frozen};
 use crate::matmul::{Matrix, Target, product};
+use crate::product::{Multiply, Rows, Slice, Term};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
 use std::sync::{Arc, OnceLock};
@@ -25,15 +26,10 @@ impl LowRankLinear {
 /// out [m, n] <- beta * a b, on all threads.
 fn fresh((m, n, k): (usize, usize, usize), a: Matrix<'_>, b: Matrix<'_>, beta: f32) -> Vec<f32> {
     let mut out = vec![0f32; m * n];
-    add((m, n, k), &mut out, false, a, b, beta);
+    let target = Target::new(&mut out, n);
+    // SAFETY: `out` is ours alone.
+    unsafe { product((m, n, k), target, false, a, b, beta, true) };
     out
-}
-
-/// out [m, n] <- (out if `accumulate`) + beta * a b, on all threads.
-fn add(size: (usize, usize, usize), out: &mut [f32], accumulate: bool, a: Matrix<'_>, b: Matrix<'_>, beta: f32) {
-    let target = Target::new(out, size.1);
-    // SAFETY: `out` is borrowed mutably for the call.
-    unsafe { product(size, target, accumulate, a, b, beta, true) }
 }
 
 /// Runs `f` on the values of a CPU tensor, widened to f32.
@@ -61,12 +57,14 @@ impl CustomOp3 for LowRankLinear {
         let (d_out, rank) = b_layout.shape().dims2()?;
         let (a, b) = (slice::<f32>(a, a_layout)?, slice::<f32>(b, b_layout)?);
         let out = by_dtype!(x.dtype(), self.name(), T => {
-            let x = T::widened(slice::<T>(x, x_layout)?);
-            let mut y = multiply_frozen(&self.weight, &x, n, false)?;
-            let inner = fresh((n, rank, d_in), Matrix::rows(&x, d_in), Matrix::rows(a, d_in).t(), self.scale);
-            add((n, d_out, rank), &mut y, true, Matrix::rows(&inner, rank), Matrix::rows(b, rank).t(), 1.0);
+            let x = slice::<T>(x, x_layout)?;
+            let mut wide = Vec::new();
+            let a = Slice::transposed(a, d_in, rank, self.scale);
+            let inner = f32::multiply(n, rank, &[Term::new(T::rows(x, &mut wide), &a)]);
+            let b = Slice::transposed(b, rank, d_out, 1.0);
+            let y = multiply_frozen::<T>(&self.weight, x, n, false, &[Term::new(Rows::F32(&inner), &b)])?;
             self.inner.get_or_init(|| inner);
-            <T as WithDType>::to_cpu_storage_owned(T::narrowed(y))
+            <T as WithDType>::to_cpu_storage_owned(y)
         });
         Ok((out, Shape::from((n, d_out))))
     }
@@ -82,35 +80,41 @@ impl CustomOp3 for LowRankLinear {
         let (n, d_in) = x.dims2()?;
         let (d_out, rank) = b.dims2()?;
         let Some(inner) = self.inner.get() else { bail!("low-rank: backward before forward") };
-        let g = g.contiguous()?;
+        let (g, b_tracked) = (g.contiguous()?, b.track_op());
         let tensor = |values: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(values, shape, &Device::Cpu);
-        with_values(&g, |g| {
-            let gm = Matrix::rows(g, d_out);
-            let d_inner = with_values(b, |b| Ok(fresh((n, rank, d_out), gm, Matrix::rows(b, rank), self.scale)))?;
-            let dm = Matrix::rows(&d_inner, rank);
-            let db = match b.track_op() {
-                true => Some(tensor(fresh((d_out, rank, n), gm.t(), Matrix::rows(inner, rank), 1.0), (d_out, rank))?),
-                false => None,
-            };
-            let da = match a.track_op() {
-                true => {
-                    let da = with_values(x, |x| Ok(fresh((rank, d_in, n), dm.t(), Matrix::rows(x, d_in), 1.0)))?;
-                    Some(tensor(da, (rank, d_in))?)
-                }
-                false => None,
-            };
-            let dx = match x.track_op() {
-                true => {
-                    let mut dx = multiply_frozen(&self.weight, g, n, true)?;
-                    with_values(a, |a| {
-                        add((n, d_in, rank), &mut dx, true, dm, Matrix::rows(a, d_in), 1.0);
-                        Ok(())
-                    })?;
-                    Some(tensor(dx, (n, d_in))?.to_dtype(x.dtype())?)
-                }
-                false => None,
-            };
-            Ok((dx, da, db))
+        with_values(b, |b| {
+            by_dtype!(g.dtype(), self.name(), T => {
+                let (storage, layout) = g.storage_and_layout();
+                let g = cpu_slice::<T>(&storage, layout)?;
+                let mut wide = Vec::new();
+                let right = Slice::new(b, d_out, rank, self.scale);
+                let d_inner = f32::multiply(n, rank, &[Term::new(T::rows(g, &mut wide), &right)]);
+                let g32 = T::widened(g);
+                let gm = Matrix::rows(&g32, d_out);
+                let dm = Matrix::rows(&d_inner, rank);
+                let db = match b_tracked {
+                    true => Some(tensor(fresh((d_out, rank, n), gm.t(), Matrix::rows(inner, rank), 1.0), (d_out, rank))?),
+                    false => None,
+                };
+                let da = match a.track_op() {
+                    true => {
+                        let da = with_values(x, |x| Ok(fresh((rank, d_in, n), dm.t(), Matrix::rows(x, d_in), 1.0)))?;
+                        Some(tensor(da, (rank, d_in))?)
+                    }
+                    false => None,
+                };
+                let dx = match x.track_op() {
+                    true => {
+                        let dx = with_values(a, |a| {
+                            let a = Slice::new(a, rank, d_in, 1.0);
+                            multiply_frozen::<T>(&self.weight, g, n, true, &[Term::new(Rows::F32(&d_inner), &a)])
+                        })?;
+                        Some(tensor_like(dx, x)?)
+                    }
+                    false => None,
+                };
+                Ok((dx, da, db))
+            })
         })
     }
 }

@@ -104,6 +104,70 @@ fn each_gradient<T: Element>(
     (dx, total)
 }
 
+/// A norm with frozen gain, as a step of a larger operation.
+pub(crate) enum Normaliser {
+    /// x / rms(x) * gain.
+    Rms {
+        /// Gain `[h]`, offset included.
+        gain: Vec<f32>,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// (x - mean) / deviation * gain + bias.
+    Layer {
+        /// Gain `[h]`.
+        gain: Vec<f32>,
+        /// Shift `[h]`.
+        bias: Vec<f32>,
+        /// Added to the variance.
+        eps: f32,
+    },
+}
+
+impl Normaliser {
+    /// Rows of `x` normalised.
+    pub(crate) fn forward<T: Element>(&self, x: &[T]) -> Vec<T> {
+        match self {
+            Self::Rms { gain, eps } => each_row::<T>(x, gain.len(), |x, y| scale_by(x, inverse_rms(x, *eps), gain, y)),
+            Self::Layer { gain, bias, eps } => each_row::<T>(x, gain.len(), |x, y| {
+                let (mean, r) = mean_and_inverse_deviation(x, *eps);
+                normalise(x, mean, r, gain, bias, y);
+            }),
+        }
+    }
+
+    /// The gradient of `x` for `g` of the result.
+    pub(crate) fn backward<T: Element>(&self, x: &[T], g: &[T]) -> Vec<T> {
+        let h = match self {
+            Self::Rms { gain, .. } | Self::Layer { gain, .. } => gain.len(),
+        };
+        let (dx, _) = each_gradient(x, g, h, true, 0, |x, g, dx, _| {
+            let Some(dx) = dx else { return };
+            match self {
+                Self::Rms { gain, eps } => rms_input_gradient(x, g, gain, *eps, dx),
+                Self::Layer { gain, eps, .. } => layer_input_gradient(x, g, gain, *eps, dx),
+            }
+        });
+        dx.unwrap_or_default()
+    }
+}
+
+fn rms_input_gradient(x: &[f32], g: &[f32], gain: &[f32], eps: f32, dx: &mut [f32]) {
+    let r = inverse_rms(x, eps);
+    let b = r * r * r * dot3(g, gain, x) / x.len() as f32;
+    input_gradient(g, gain, x, 0.0, r, 0.0, b, dx);
+}
+
+/// With s1 = mean(g w) and s2 = mean(g w xh): dx = r (g w - s1 - xh s2), xh = (x - mean) r.
+fn layer_input_gradient(x: &[f32], g: &[f32], gain: &[f32], eps: f32, dx: &mut [f32]) {
+    let h = x.len() as f32;
+    let (mean, r) = mean_and_inverse_deviation(x, eps);
+    dx.iter_mut().zip(x).for_each(|(d, x)| *d = x - mean);
+    let s1 = dot(g, gain) / h;
+    let s2 = r * dot3(g, gain, dx) / h;
+    input_gradient(g, gain, x, mean, r, r * s1, r * r * s2, dx);
+}
+
 /// Fused RMS norm: x [.., h] and weight `[h]` f32.
 pub(super) struct RmsNorm {
     pub(super) eps: f32,
@@ -133,12 +197,12 @@ impl CustomOp2 for RmsNorm {
         by_dtype!(x.dtype(), self.name(), T => {
             let (xs, gs) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
             let (dx, dw) = each_gradient(xs, gs, h, x.track_op(), width, |x, g, dx, dw| {
-                let r = inverse_rms(x, self.eps);
                 if let Some(dx) = dx {
-                    let b = r * r * r * dot3(g, &gain, x) / h as f32;
-                    input_gradient(g, &gain, x, 0.0, r, 0.0, b, dx);
+                    rms_input_gradient(x, g, &gain, self.eps, dx);
                 }
-                weight_gradient(g, x, 0.0, r, dw);
+                if !dw.is_empty() {
+                    weight_gradient(g, x, 0.0, inverse_rms(x, self.eps), dw);
+                }
             });
             let dx = dx.map(|dx| tensor_like(dx, x)).transpose()?;
             Ok((dx, if width > 0 { Some(tensor_like(dw, w)?) } else { None }))
@@ -192,15 +256,11 @@ impl CustomOp3 for LayerNorm {
         by_dtype!(x.dtype(), self.name(), T => {
             let (xs, gs) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
             let (dx, sums) = each_gradient(xs, gs, h, x.track_op(), width, |x, g, dx, sums| {
-                let (mean, r) = mean_and_inverse_deviation(x, self.eps);
                 if let Some(dx) = dx {
-                    // With s1 = mean(g w) and s2 = mean(g w xh): dx = r (g w - s1 - xh s2), xh = (x - mean) r.
-                    dx.iter_mut().zip(x).for_each(|(d, x)| *d = x - mean);
-                    let s1 = dot(g, gain) / h as f32;
-                    let s2 = r * dot3(g, gain, dx) / h as f32;
-                    input_gradient(g, gain, x, mean, r, r * s1, r * r * s2, dx);
+                    layer_input_gradient(x, g, gain, self.eps, dx);
                 }
                 if let Some((dw, db)) = sums.split_at_mut_checked(h) {
+                    let (mean, r) = mean_and_inverse_deviation(x, self.eps);
                     weight_gradient(g, x, mean, r, dw);
                     axpy(1.0, g, db);
                 }

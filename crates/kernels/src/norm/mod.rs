@@ -6,7 +6,7 @@
 //! Source:   arXiv 1910.07467 (RMSNorm), arXiv 1607.06450 (layer norm); offset 1 is Gemma's (1 + w)
 //! Cost:     one pass forward, one pass backward; nothing saved but the inputs
 
-mod cpu;
+pub(crate) mod cpu;
 pub mod reference;
 
 use crate::fused;

@@ -21,6 +21,16 @@ multiversion! {
     }
 }
 
+/// `x` [b, t, heads, d] turned by the angles of `cos` and `sin` [b or 1, t, half], or back.
+pub(crate) fn turn<T: Element>(
+    x: &[T],
+    dims: (usize, usize, usize),
+    (cos, sin, half): (&[f32], &[f32], usize),
+    inverse: bool,
+) -> Vec<T> {
+    Rope { inverse }.run(x, dims, cos, sin, half)
+}
+
 /// Fused rotary embedding: x [b, t, heads, d], cos and sin [b or 1, t, r/2] f32.
 pub(super) struct Rope {
     pub(super) inverse: bool,

@@ -5,7 +5,7 @@
 //! Source:   arXiv 2104.09864, in the order of dimensions of Hugging Face's `rotate_half`
 //! Cost:     one pass; the backward pass is the inverse rotation of the gradient
 
-mod cpu;
+pub(crate) mod cpu;
 pub mod reference;
 
 use crate::fused;

@@ -1,0 +1,167 @@
+//! A transformer block in two operations, attention and feed-forward, each one node of the tape: norm, projections with their
+//! low-rank factors, rotary positions, attention or activation, and the residual sum.
+//!
+//! Equation: attention  y = x + O(softmax(rope(Q n) rope(K n)^T) V n),  feed-forward  y = x + D(act(G n) * (U n)),  n = norm(x);
+//!           each of Q K V O G U D is P(x) = g * (W x + s B (A x)) + bias
+//! Shapes:   x [b, t, h] -> y [b, t, h]; the parameters A, B, g of all projections in one flat vector, in f32
+//! Source:   the reverse mode written out; what is kept is q, k, v, the attention's output and ln-sums, gate and up, and A x
+//! Cost:     the products of the projections, forward once and backward once to the rows; a frozen weight has no gradient,
+//!           norms and activations are computed again
+
+mod attention;
+mod feed_forward;
+mod gain;
+mod group;
+
+pub use attention::{AttentionPart, attention_part};
+pub use feed_forward::{FeedForwardPart, feed_forward_part};
+
+use crate::element::{Element, zeros};
+use crate::frozen::FrozenWeight;
+use crate::norm::cpu::Normaliser;
+use candle_core::{DType, Result, Tensor, bail};
+use std::sync::Arc;
+
+/// A low-rank product beside a frozen one; its factors are in the part's flat parameters.
+#[derive(Debug, Clone)]
+pub struct Factors {
+    /// Rank R.
+    pub rank: usize,
+    /// Factor s.
+    pub scale: f64,
+    /// Whether outputs are multiplied by a gain of their own.
+    pub gain: bool,
+}
+
+/// One projection.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    /// The frozen weight.
+    pub weight: Arc<FrozenWeight>,
+    /// The frozen bias `[d_out]`.
+    pub bias: Option<Tensor>,
+    /// The adapter's form.
+    pub low_rank: Option<Factors>,
+}
+
+impl Projection {
+    fn rank(&self) -> usize {
+        self.low_rank.as_ref().map_or(0, |l| l.rank)
+    }
+
+    fn scale(&self) -> f32 {
+        self.low_rank.as_ref().map_or(1.0, |l| l.scale as f32)
+    }
+}
+
+/// A frozen norm before a part.
+#[derive(Debug, Clone)]
+pub enum PartNorm {
+    /// x / rms(x) * (offset + weight).
+    Rms {
+        /// Gain `[h]`.
+        weight: Tensor,
+        /// Added to the mean square.
+        eps: f64,
+        /// Added to the gain.
+        offset: f64,
+    },
+    /// (x - mean) / deviation * weight + bias.
+    Layer {
+        /// Gain `[h]`.
+        weight: Tensor,
+        /// Shift `[h]`.
+        bias: Tensor,
+        /// Added to the variance.
+        eps: f64,
+    },
+}
+
+impl PartNorm {
+    fn normaliser(&self) -> Result<Normaliser> {
+        let values = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+        Ok(match self {
+            Self::Rms { weight, eps, offset } => {
+                let gain = values(weight)?.into_iter().map(|w| w + *offset as f32).collect();
+                Normaliser::Rms { gain, eps: *eps as f32 }
+            }
+            Self::Layer { weight, bias, eps } => {
+                Normaliser::Layer { gain: values(weight)?, bias: values(bias)?, eps: *eps as f32 }
+            }
+        })
+    }
+}
+
+/// The sum of two gradients, in place of the first.
+fn add_rows<T: Element>(mut a: Vec<T>, b: &[T]) -> Vec<T> {
+    const PIECE: usize = 1 << 13;
+    let n = a.len();
+    crate::parallel::chunks(&mut a, PIECE, n, |i, a| {
+        let (mut s1, mut s2, mut s3) = (T::scratch(a.len()), T::scratch(a.len()), vec![0f32; a.len()]);
+        s3.copy_from_slice(T::view(&b[i * PIECE..][..a.len()], &mut s1));
+        crate::vector::axpy(1.0, T::view(a, &mut s2), &mut s3);
+        T::store(&s3, a);
+    });
+    a
+}
+
+/// Rows of sum(widths) entries as one matrix for each width.
+fn split<T: Element>(rows: &[T], widths: &[usize]) -> Vec<Vec<T>> {
+    let total: usize = widths.iter().sum();
+    let mut start = 0;
+    let part = |width: &usize| {
+        let mut out = zeros::<T>(rows.len() / total.max(1) * width);
+        let work = out.len();
+        crate::parallel::chunks(&mut out, *width, work, |i, to| {
+            to.copy_from_slice(&rows[i * total + start..][..*width])
+        });
+        start += width;
+        out
+    };
+    widths.iter().map(part).collect()
+}
+
+/// The reverse of [`split`].
+fn join<T: Element>(parts: &[Vec<T>], widths: &[usize]) -> Vec<T> {
+    let total: usize = widths.iter().sum();
+    let mut rows = zeros::<T>(parts.iter().map(Vec::len).sum());
+    let work = rows.len();
+    crate::parallel::chunks(&mut rows, total, work, |i, row| {
+        let mut start = 0;
+        for (part, width) in parts.iter().zip(widths) {
+            row[start..start + width].copy_from_slice(&part[i * width..][..*width]);
+            start += width;
+        }
+    });
+    rows
+}
+
+/// The gradient of a part's input from that of its normalised rows and, through the residual sum, of its result.
+fn finish<T: Element>(d_rows: Vec<T>, norm: Option<&Normaliser>, x: &[T], residual: Option<&[T]>) -> Vec<T> {
+    let dx = match norm {
+        Some(norm) => norm.backward(x, &d_rows),
+        None => d_rows,
+    };
+    match residual {
+        Some(g) => add_rows(dx, g),
+        None => dx,
+    }
+}
+
+/// Whether a part runs fused for rows like `x`: as the other kernels, and not in f16 or with parameters elsewhere.
+pub fn is_fused(x: &Tensor, parameters: Option<&Tensor>) -> bool {
+    crate::fused(x) && parameters.is_none_or(|p| p.dtype() == DType::F32 && p.device().is_cpu())
+}
+
+/// The flat parameters of a part without any.
+fn no_parameters(x: &Tensor) -> Result<Tensor> {
+    Tensor::zeros(0, DType::F32, x.device())
+}
+
+fn check(what: &str, x: &Tensor, parameters: &Tensor, needed: usize) -> Result<(usize, usize, usize)> {
+    let (b, t, h) = x.dims3()?;
+    if parameters.dims() != [needed] || parameters.dtype() != DType::F32 {
+        bail!("{what}: parameters are {:?} {:?}, expected f32 [{needed}]", parameters.dtype(), parameters.dims())
+    }
+    Ok((b, t, h))
+}

@@ -1,0 +1,316 @@
+//! Sums of matrix products with packed right operands: the products with frozen weights and the low-rank ones beside them,
+//! in one pass over the output.
+//!
+//! Equation: out = sum over terms of L_t R_t
+//! Shapes:   L_t [m, k_t] row-major, R_t [k_t, n] packed into panels of 32 or 16 columns, out [m, n]
+//! Source:   the layout of Goto and van de Geijn, ACM TOMS 34(3), 2008, with the right operand as the packed one
+//! Cost:     2 m n sum(k_t) FLOPs; each element of the output is written once
+//!
+//! An output is one chain of multiply-adds over its terms in order, whatever the tile it falls into: bits depend neither
+//! on the number of threads nor on the other rows.
+
+mod micro;
+mod outer;
+mod right;
+
+use crate::element::Element;
+use crate::parallel;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+pub(crate) use micro::width as panel_width;
+use micro::{Part, Place};
+pub(crate) use outer::outer;
+pub(crate) use right::{Right, Slice, scatter, scatter_pairs, transpose, transpose_pairs};
+use std::cell::RefCell;
+
+/// Rows of a left operand.
+#[derive(Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    /// f32.
+    F32(&'a [f32]),
+    /// bf16, multiplied in pairs and added in f32.
+    Bf16(&'a [bf16]),
+}
+
+impl Rows<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(rows) => rows.len(),
+            Self::Bf16(rows) => rows.len(),
+        }
+    }
+}
+
+/// What is done to the sum, in order.
+#[derive(Clone, Copy)]
+pub(crate) enum Term<'a> {
+    /// Adds rows [m, k], `stride` entries apart, times a right operand [k, n].
+    Product {
+        /// The left operand.
+        rows: Rows<'a>,
+        /// Entries from row to row.
+        stride: usize,
+        /// The right operand.
+        right: &'a dyn Right,
+    },
+    /// Adds to each column its value.
+    Shift(&'a [f32]),
+    /// Adds rows [m, n].
+    Add(Rows<'a>),
+}
+
+impl<'a> Term<'a> {
+    /// Contiguous `rows` [m, k] times `right` [k, n].
+    pub(crate) fn new(rows: Rows<'a>, right: &'a dyn Right) -> Self {
+        Self::Product { rows, stride: right.k(), right }
+    }
+
+    /// The same with rows `stride` entries apart.
+    pub(crate) fn strided(rows: &'a [f32], stride: usize, right: &'a dyn Right) -> Self {
+        Self::Product { rows: Rows::F32(rows), stride, right }
+    }
+
+    fn k(&self) -> usize {
+        match self {
+            Self::Product { right, .. } => right.k(),
+            _ => 0,
+        }
+    }
+
+    /// Entries of a panel of `width` columns, as f32.
+    fn panel(&self, width: usize) -> usize {
+        match self {
+            Self::Product { rows: Rows::F32(_), right, .. } => right.k() * width,
+            Self::Product { rows: Rows::Bf16(_), right, .. } => right.k().div_ceil(2) * width,
+            _ => 0,
+        }
+    }
+
+    fn check(&self, m: usize, n: usize) {
+        match self {
+            Self::Product { rows, stride, right } => {
+                assert_eq!(right.n(), n, "product: right operands of different widths");
+                let needed = if m == 0 { 0 } else { (m - 1) * stride + right.k() };
+                assert!(rows.len() >= needed, "product: left operand of {m} rows of {}", right.k());
+            }
+            Self::Shift(values) => assert_eq!(values.len(), n, "product: values for {n} columns"),
+            Self::Add(rows) => assert_eq!(rows.len(), m * n, "product: rows to add [{m}, {n}]"),
+        }
+    }
+
+    /// The part for a tile that starts at row `tile` and column `column`.
+    fn part(&self, tile: usize, column: usize, n: usize, panel: &[f32]) -> Part {
+        match *self {
+            Self::Product { rows: Rows::F32(left), stride, right } => {
+                Part::F32 { left: left[tile * stride..].as_ptr(), stride, k: right.k(), panel: panel.as_ptr() }
+            }
+            Self::Product { rows: Rows::Bf16(left), stride, right } => Part::Bf16 {
+                left: left[tile * stride..].as_ptr().cast(),
+                stride,
+                k: right.k(),
+                panel: panel.as_ptr().cast(),
+            },
+            Self::Shift(values) => Part::Shift(values[column..].as_ptr()),
+            Self::Add(Rows::F32(rows)) => Part::AddF32 { rows: rows[tile * n + column..].as_ptr(), stride: n },
+            Self::Add(Rows::Bf16(rows)) => Part::AddBf16 { rows: rows[tile * n + column..].as_ptr().cast(), stride: n },
+        }
+    }
+}
+
+/// Element types that a product can read and write.
+pub(crate) trait Multiply: Element {
+    /// Whether rows of this type are multiplied as they are on this processor.
+    fn direct() -> bool;
+    /// Rows as they are multiplied; `wide` holds them in f32 where they must be widened.
+    fn rows<'a>(src: &'a [Self], wide: &'a mut Vec<f32>) -> Rows<'a>;
+    /// out <- sum of `terms`, rounded once.
+    fn multiply(m: usize, n: usize, terms: &[Term<'_>]) -> Vec<Self>;
+}
+
+/// The columns of `out` [m, stride] from `column` on, n of them, <- sum of `terms`.
+pub(crate) fn multiply_into(m: usize, n: usize, terms: &[Term<'_>], out: &mut [f32], stride: usize, column: usize) {
+    assert!(column + n <= stride && out.len() == m * stride, "product: place for [{m}, {n}]");
+    let place = Place::F32 { out: out.as_mut_ptr().wrapping_add(column), stride };
+    // SAFETY: asserted above; `out` is borrowed mutably.
+    unsafe { multiply(m, n, terms, place) }
+}
+
+impl Multiply for f32 {
+    fn direct() -> bool {
+        true
+    }
+    fn rows<'a>(src: &'a [Self], _: &'a mut Vec<f32>) -> Rows<'a> {
+        Rows::F32(src)
+    }
+    fn multiply(m: usize, n: usize, terms: &[Term<'_>]) -> Vec<Self> {
+        let mut out = crate::element::room(m * n);
+        // SAFETY: `multiply` writes all m x n entries.
+        unsafe {
+            multiply(m, n, terms, Place::F32 { out: out.as_mut_ptr(), stride: n });
+            out.set_len(m * n);
+        }
+        out
+    }
+}
+
+impl Multiply for bf16 {
+    fn direct() -> bool {
+        crate::simd::has_bf16()
+    }
+    fn rows<'a>(src: &'a [Self], wide: &'a mut Vec<f32>) -> Rows<'a> {
+        if Self::direct() {
+            Rows::Bf16(src)
+        } else {
+            *wide = Self::widened(src).into_owned();
+            Rows::F32(wide)
+        }
+    }
+    fn multiply(m: usize, n: usize, terms: &[Term<'_>]) -> Vec<Self> {
+        if !Self::direct() {
+            return Self::narrowed(f32::multiply(m, n, terms));
+        }
+        let mut out: Vec<Self> = crate::element::room(m * n);
+        // SAFETY: `multiply` writes all m x n entries; bf16 is its 16 bits.
+        unsafe {
+            multiply(m, n, terms, Place::Bf16 { out: out.as_mut_ptr().cast(), stride: n });
+            out.set_len(m * n);
+        }
+        out
+    }
+}
+
+impl Multiply for f16 {
+    fn direct() -> bool {
+        false
+    }
+    fn rows<'a>(src: &'a [Self], wide: &'a mut Vec<f32>) -> Rows<'a> {
+        *wide = Self::widened(src).into_owned();
+        Rows::F32(wide)
+    }
+    fn multiply(m: usize, n: usize, terms: &[Term<'_>]) -> Vec<Self> {
+        Self::narrowed(f32::multiply(m, n, terms))
+    }
+}
+
+thread_local! {
+    /// Panels of the task that this thread is at.
+    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A place that tasks write disjoint parts of.
+#[derive(Clone, Copy)]
+struct Shared(Place);
+
+// SAFETY: `multiply` gives each task its own rows and columns of the place.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn at(self, row: usize, column: usize) -> Place {
+        match self.0.down(row) {
+            Place::F32 { out, stride } => Place::F32 { out: out.wrapping_add(column), stride },
+            Place::Bf16 { out, stride } => Place::Bf16 { out: out.wrapping_add(column), stride },
+        }
+    }
+}
+
+/// place [m, n] <- sum of the terms.
+///
+/// # Safety
+/// `place` has room for m x n entries that nobody else uses meanwhile.
+unsafe fn multiply(m: usize, n: usize, terms: &[Term<'_>], place: Place) {
+    terms.iter().for_each(|term| term.check(m, n));
+    if m == 0 || n == 0 {
+        return;
+    }
+    let place = Shared(place);
+    let width = micro::width();
+    let strip = terms
+        .iter()
+        .map(|t| if let Term::Product { right, .. } = t { right.strip() } else { 0 })
+        .fold(width, usize::max);
+    let (strips, work) = (n.div_ceil(strip), m * n * terms.iter().map(Term::k).sum::<usize>() / 16);
+    // Rows are cut too where there are too few strips for the threads; each cut packs its panels again.
+    let wanted = if parallel::worth(work) { (3 * rayon::current_num_threads()).div_ceil(strips) } else { 1 };
+    let height = micro::height();
+    let rows = m.div_ceil(wanted.clamp(1, m.div_ceil(8 * height))).next_multiple_of(height);
+    let cuts = m.div_ceil(rows);
+    parallel::map(strips * cuts, work, |i| {
+        let (first, top) = (i / cuts * strip, i % cuts * rows);
+        let (columns, rows) = (strip.min(n - first), rows.min(m - top));
+        PANELS.with_borrow_mut(|panels| {
+            // SAFETY: the task's own rows and columns of the place.
+            unsafe { fill(terms, panels, n, (top, rows), (first, columns), place) };
+        });
+    });
+}
+
+/// Starts and widths of the panels that `columns` are cut into.
+pub(crate) fn panels_of(columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    let width = micro::width();
+    (0..columns).step_by(width).map(move |at| {
+        let here = width.min(columns - at);
+        (at, if here <= 16 { 16 } else { width })
+    })
+}
+
+/// One task: packs the panels of its columns and runs its rows over them.
+///
+/// # Safety
+/// As [`multiply`], for these rows and columns.
+unsafe fn fill(
+    terms: &[Term<'_>],
+    scratch: &mut Vec<f32>,
+    n: usize,
+    (top, rows): (usize, usize),
+    (first, columns): (usize, usize),
+    place: Shared,
+) {
+    let each: Vec<usize> =
+        terms.iter().map(|t| panels_of(columns).map(|(_, width)| t.panel(width)).sum::<usize>()).collect();
+    let total: usize = each.iter().sum();
+    if scratch.len() < total {
+        scratch.resize(total, 0.0);
+    }
+    let mut rest = &mut scratch[..total];
+    let mut packed: Vec<&[f32]> = Vec::with_capacity(terms.len());
+    for (term, size) in terms.iter().zip(&each) {
+        let (own, after) = std::mem::take(&mut rest).split_at_mut(*size);
+        rest = after;
+        match term {
+            Term::Product { rows: Rows::F32(_), right, .. } => right.pack(first, columns, own),
+            Term::Product { rows: Rows::Bf16(_), right, .. } => right.pack_pairs(first, columns, pairs_mut(own)),
+            _ => {}
+        }
+        packed.push(own);
+    }
+    let height = micro::height();
+    let mut parts: Vec<Part> = Vec::with_capacity(terms.len());
+    for tile in (top..top + rows).step_by(height) {
+        let tall = height.min(top + rows - tile);
+        let mut offsets = vec![0usize; terms.len()];
+        for (at, width) in panels_of(columns) {
+            parts.clear();
+            for ((term, panel), offset) in terms.iter().zip(&packed).zip(&mut offsets) {
+                let panel = &panel[*offset..];
+                *offset += term.panel(width);
+                parts.push(term.part(tile, first + at, n, panel));
+            }
+            let columns = micro::width().min(columns - at);
+            // SAFETY: operands were checked in `multiply`, panels are as long as their terms say, the place is the task's.
+            unsafe { micro::tile(&parts, place.at(tile, first + at), tall, columns) };
+        }
+    }
+}
+
+/// The same memory as bf16 bits.
+fn pairs_mut(panel: &mut [f32]) -> &mut [u16] {
+    // SAFETY: any bits are valid u16; f32 is aligned for it; twice as many entries of half the size.
+    unsafe { std::slice::from_raw_parts_mut(panel.as_mut_ptr().cast(), panel.len() * 2) }
+}
+
+/// `values` rounded to bf16 bits.
+fn round(values: &[f32], out: &mut [bf16]) {
+    crate::vector::to_bf16(values, out.reinterpret_cast_mut());
+}
