@@ -189,12 +189,12 @@ mod v4 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn add_f32<const ROWS: usize, const VECTORS: usize>(
-        sums: &mut Sums<ROWS, VECTORS>,
+        mut sums: Sums<ROWS, VECTORS>,
         left: *const f32,
         stride: usize,
         k: usize,
         panel: *const f32,
-    ) {
+    ) -> Sums<ROWS, VECTORS> {
         for p in 0..k {
             let mut b = [_mm512_setzero_ps(); VECTORS];
             for (v, b) in b.iter_mut().enumerate() {
@@ -209,39 +209,41 @@ mod v4 {
                 }
             }
         }
+        sums
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn add_bf16<const ROWS: usize, const VECTORS: usize>(
-        sums: &mut Sums<ROWS, VECTORS>,
+        mut sums: Sums<ROWS, VECTORS>,
         left: *const u16,
         stride: usize,
         k: usize,
         panel: *const u16,
-    ) {
+    ) -> Sums<ROWS, VECTORS> {
         for p in 0..k / 2 {
             // SAFETY: the left operand holds ROWS rows of k entries.
             let pair = |i: usize| unsafe { left.add(i * stride + 2 * p).cast::<i32>().read_unaligned() };
             // SAFETY: the panel holds k / 2 (rounded up) rows.
-            unsafe { add_pairs(sums, pair, panel.add(p * VECTORS * 32)) };
+            sums = unsafe { add_pairs(sums, pair, panel.add(p * VECTORS * 32)) };
         }
         if k % 2 == 1 {
             // SAFETY: as above; the pair ends in zero.
             let pair = |i: usize| unsafe { i32::from(*left.add(i * stride + k - 1)) };
             // SAFETY: as above.
-            unsafe { add_pairs(sums, pair, panel.add(k / 2 * VECTORS * 32)) };
+            sums = unsafe { add_pairs(sums, pair, panel.add(k / 2 * VECTORS * 32)) };
         }
+        sums
     }
 
     /// One step of two entries along k.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn add_pairs<const ROWS: usize, const VECTORS: usize>(
-        sums: &mut Sums<ROWS, VECTORS>,
+        mut sums: Sums<ROWS, VECTORS>,
         pair: impl Fn(usize) -> i32,
         panel: *const u16,
-    ) {
+    ) -> Sums<ROWS, VECTORS> {
         let mut b = [_mm512_setzero_ps(); VECTORS];
         for (v, b) in b.iter_mut().enumerate() {
             // SAFETY: a row of the panel holds VECTORS registers.
@@ -255,16 +257,17 @@ mod v4 {
                     unsafe { _mm512_dpbf16_ps(*s, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b)) };
             }
         }
+        sums
     }
 
     /// The parts that are no products.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn adjust<const ROWS: usize, const VECTORS: usize>(
-        sums: &mut Sums<ROWS, VECTORS>,
+        mut sums: Sums<ROWS, VECTORS>,
         part: Part,
         columns: usize,
-    ) {
+    ) -> Sums<ROWS, VECTORS> {
         for (i, sums) in sums.iter_mut().enumerate() {
             for (v, s) in sums.iter_mut().enumerate() {
                 let (m, at) = (mask(columns, v), 16 * v);
@@ -285,6 +288,7 @@ mod v4 {
                 };
             }
         }
+        sums
     }
 
     #[inline]
@@ -335,10 +339,10 @@ mod v4 {
                 for part in parts {
                     match part.down(at) {
                         // SAFETY: the caller's promise.
-                        Part::F32 { left, stride, k, panel } => unsafe { add_f32(&mut sums, left, stride, k, panel) },
+                        Part::F32 { left, stride, k, panel } => sums = unsafe { add_f32(sums, left, stride, k, panel) },
                         Part::Bf16 { .. } | Part::AddBf16 { .. } => unreachable!("bf16 products need AVX512-BF16"),
                         // SAFETY: as above.
-                        other => unsafe { adjust(&mut sums, other, columns) },
+                        other => sums = unsafe { adjust(sums, other, columns) },
                     }
                 }
                 match place {
@@ -359,11 +363,13 @@ mod v4 {
                 for part in parts {
                     match part.down(at) {
                         // SAFETY: the caller's promise.
-                        Part::F32 { left, stride, k, panel } => unsafe { add_f32(&mut sums, left, stride, k, panel) },
+                        Part::F32 { left, stride, k, panel } => sums = unsafe { add_f32(sums, left, stride, k, panel) },
                         // SAFETY: as above.
-                        Part::Bf16 { left, stride, k, panel } => unsafe { add_bf16(&mut sums, left, stride, k, panel) },
+                        Part::Bf16 { left, stride, k, panel } => {
+                            sums = unsafe { add_bf16(sums, left, stride, k, panel) }
+                        }
                         // SAFETY: as above.
-                        other => unsafe { adjust(&mut sums, other, columns) },
+                        other => sums = unsafe { adjust(sums, other, columns) },
                     }
                 }
                 match place {
