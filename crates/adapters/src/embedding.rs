@@ -84,6 +84,12 @@ impl Embedding {
         Ok(out.to_dtype(change.dtype())?.contiguous()?.index_add(&index, &change, 1)?)
     }
 
+    /// The frozen table, where [`Self::scores`] is a product with nothing but it.
+    pub fn frozen_scores(&self) -> Option<&Arc<FrozenWeight>> {
+        let trained = self.tied_training && self.weight.trained().is_some();
+        (self.rows.is_none() && !trained).then_some(&self.base)
+    }
+
     /// Module path in the base model's naming.
     pub fn path(&self) -> &str {
         &self.path

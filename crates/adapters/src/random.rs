@@ -3,6 +3,7 @@
 use candle_core::{Device, Shape, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::Result;
@@ -34,17 +35,28 @@ pub fn uniform(rng: &mut ChaCha8Rng, bound: f64, shape: impl Into<Shape>, device
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
-/// Normal with mean 0 and standard deviation `std` (Box-Muller).
+/// Normal with mean 0 and standard deviation `std` (Box-Muller). Pieces are drawn on all threads: each knows its place in the
+/// stream.
 pub fn normal(rng: &mut ChaCha8Rng, std: f64, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    /// Values of a piece; even, as they come in pairs.
+    const PIECE: usize = 1 << 15;
+    /// 32-bit words that a value takes.
+    const WORDS: u128 = 2;
     let shape = shape.into();
     let count = shape.elem_count();
-    let mut values = Vec::with_capacity(count + 1);
-    while values.len() < count {
-        let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * std;
-        let angle = std::f64::consts::TAU * rng.random::<f64>();
-        values.push((radius * angle.cos()) as f32);
-        values.push((radius * angle.sin()) as f32);
-    }
-    values.truncate(count);
+    let mut values = vec![0f32; count];
+    let start = rng.get_word_pos();
+    values.par_chunks_mut(PIECE).enumerate().for_each(|(i, piece)| {
+        let mut rng = rng.clone();
+        rng.set_word_pos(start + (i * PIECE) as u128 * WORDS);
+        for pair in piece.chunks_mut(2) {
+            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * std;
+            let angle = std::f64::consts::TAU * rng.random::<f64>();
+            for (value, part) in pair.iter_mut().zip([angle.cos(), angle.sin()]) {
+                *value = (radius * part) as f32;
+            }
+        }
+    });
+    rng.set_word_pos(start + count.next_multiple_of(2) as u128 * WORDS);
     Ok(Tensor::from_vec(values, shape, device)?)
 }

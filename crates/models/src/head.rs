@@ -1,8 +1,10 @@
 //! What comes out of a model: scores of tokens, or of labels.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use espalier_adapters::module::Linear;
-use espalier_adapters::{Embedding, Flow, ModuleMut};
+use espalier_adapters::{Embedding, Flow, FrozenWeight, ModuleMut};
 
 use crate::Result;
 use crate::builder::Builder;
@@ -57,6 +59,15 @@ impl Head {
             Self::Untied(linear) => linear.forward(hidden, flow)?,
             Self::Classifier { inner, out } => out.forward(&inner.forward(hidden, flow)?.tanh()?, flow)?,
         })
+    }
+
+    /// The frozen map to the vocabulary, where nothing else takes part in the scores.
+    pub(crate) fn frozen<'a>(&'a self, embed: &'a Embedding) -> Option<&'a Arc<FrozenWeight>> {
+        match self {
+            Self::Tied => embed.frozen_scores(),
+            Self::Untied(linear) => (linear.adapter().is_none() && linear.bias().is_none()).then(|| linear.base()),
+            Self::Classifier { .. } => None,
+        }
     }
 
     pub(crate) fn walk(

@@ -4,6 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::module::Norm;
 use espalier_adapters::{Embedding, Flow, Host, ModuleMut};
+use espalier_kernels::cross_entropy::{cross_entropy, linear_cross_entropy};
 
 use crate::block::Block;
 use crate::builder::Builder;
@@ -212,6 +213,17 @@ impl Model {
         match self.config.final_softcap {
             Some(cap) => Ok(((scores / cap)?.tanh()? * cap)?),
             None => Ok(scores),
+        }
+    }
+
+    /// Cross-entropy `[n]` of finished vectors [n, hidden] against `labels`, in f32 (f64 for an f64 model).
+    ///
+    /// # Errors
+    /// If a label is outside the vocabulary or shapes do not fit.
+    pub fn losses(&self, hidden: &Tensor, labels: &[u32], flow: &Flow) -> Result<Tensor> {
+        match self.head.frozen(&self.embed).filter(|_| self.config.final_softcap.is_none()) {
+            Some(weight) => Ok(linear_cross_entropy(hidden, weight, labels)?),
+            None => Ok(cross_entropy(&self.scores(hidden, flow)?, labels, None)?),
         }
     }
 

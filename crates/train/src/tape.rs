@@ -6,10 +6,9 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Tensor, TensorId, Var};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId, Var};
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
-use espalier_kernels::cross_entropy::cross_entropy;
 use espalier_models::{Model, TokenBatch};
 
 use crate::Result;
@@ -160,12 +159,34 @@ pub fn accumulate(
             Some(y) => y,
             None => model.block(first + i, leaf.as_tensor(), &context, flow, None)?,
         };
-        dx = gradients.add(&(y * upstream)?.sum_all()?, Some(leaf.as_tensor()))?;
+        dx = gradients.add(&seed(&y, upstream)?, Some(leaf.as_tensor()))?;
     }
     if let (Start::Embeddings, Some(upstream)) = (start, dx) {
-        gradients.add(&(embedded * upstream)?.sum_all()?, None)?;
+        gradients.add(&seed(&embedded, upstream)?, None)?;
     }
     Ok(loss)
+}
+
+/// A scalar whose gradient for `y` is `upstream`; its value means nothing.
+fn seed(y: &Tensor, upstream: Tensor) -> Result<Tensor> {
+    if y.device().is_cpu() { Ok(y.apply_op1(Seed(upstream))?) } else { Ok((y * upstream)?.sum_all()?) }
+}
+
+/// Starts a walk over the tape at a tensor with a known gradient, without the product and the sum that would say the same.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
 }
 
 /// The head on the rows with a target, in chunks: summed loss, and the gradient of `x` [b, t, h] if wanted.
@@ -204,8 +225,7 @@ fn chunks<'a>(model: &Model, targets: &'a Targets) -> impl Iterator<Item = (&'a 
 
 /// Summed cross-entropy of rows [n, h] against their labels, a scalar in f32 (f64 for an f64 model).
 fn chunk_loss(model: &Model, rows: &Tensor, labels: &[u32], flow: &Flow) -> Result<Tensor> {
-    let scores = model.scores(&model.finish(rows)?, flow)?;
-    Ok(cross_entropy(&scores, labels, None)?.sum_all()?)
+    Ok(model.losses(&model.finish(rows)?, labels, flow)?.sum_all()?)
 }
 
 /// Summed loss of a batch without gradients.

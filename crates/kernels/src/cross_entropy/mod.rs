@@ -5,10 +5,12 @@
 //! Cost:     two passes forward, one backward; saves one number a row. Rows of weight zero cost nothing and give zero
 
 mod cpu;
+mod linear;
 pub mod reference;
 
 pub use crate::softmax::{log_softmax, softmax};
 
+use crate::frozen::FrozenWeight;
 use crate::fused;
 use candle_core::{Result, Tensor, bail};
 use std::sync::{Arc, OnceLock};
@@ -43,5 +45,30 @@ pub fn cross_entropy(logits: &Tensor, labels: &[u32], weights: Option<&[f32]>) -
         logits.contiguous()?.apply_op1(op)
     } else {
         reference::cross_entropy(logits, labels, weights)
+    }
+}
+
+/// Losses `[n]` of rows x [n, h] against `labels` through a frozen output projection `weight` [v, h]: [`cross_entropy`] of
+/// x W^T, where the gradient of x is made together with the scores, so that no scores are kept.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn linear_cross_entropy(x: &Tensor, weight: &Arc<FrozenWeight>, labels: &[u32]) -> Result<Tensor> {
+    let (v, h) = weight.dims();
+    let n = match x.dims() {
+        [n, d] if *d == h => *n,
+        other => bail!("linear_cross_entropy: rows have shape {other:?}, the projection is [{v}, {h}]"),
+    };
+    if labels.len() != n {
+        bail!("linear_cross_entropy: {} labels for {n} rows", labels.len())
+    }
+    if let Some(row) = labels.iter().position(|&label| label as usize >= v) {
+        bail!("linear_cross_entropy: label {} of row {row} is not below {v}", labels[row])
+    }
+    if fused(x) && weight.device().is_cpu() {
+        let op = linear::LinearCrossEntropy::new(weight.clone(), Arc::from(labels), x.track_op());
+        x.contiguous()?.apply_op1(op)
+    } else {
+        cross_entropy(&weight.forward(x)?, labels, None)
     }
 }

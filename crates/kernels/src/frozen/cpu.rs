@@ -74,6 +74,12 @@ pub(crate) fn multiply<T: Multiply>(
     })
 }
 
+/// Runs `f` on W^T [d_in, d_out], or on W [d_out, d_in] if `transposed`, as a right operand.
+pub(crate) fn with_operand<R>(weight: &FrozenWeight, transposed: bool, f: impl FnOnce(&dyn Right) -> R) -> Result<R> {
+    let (d_out, d_in) = weight.dims();
+    with_source(weight, |source| f(&Operand { source, d_out, d_in, transposed }))
+}
+
 /// Runs `f` on W [d_out, d_in] of each of `weights` as right operands.
 pub(crate) fn with_transposed<R>(
     weights: &[&FrozenWeight],
@@ -145,11 +151,11 @@ impl Right for Operand<'_> {
             let (start, here) = (first + at, panel_width().min(columns - at));
             if let Source::F32(w) = self.source {
                 let rows: Vec<&[f32]> = w[start * d_in..].chunks(d_in).take(here).collect();
-                transpose(&rows, k, width, 0.0, panel);
+                transpose(&rows, k, width, panel);
             } else {
                 let values = self.rows(start, here, (0, d_in));
                 let rows: Vec<&[f32]> = values.chunks(d_in).collect();
-                transpose(&rows, k, width, 0.0, panel);
+                transpose(&rows, k, width, panel);
             }
         }
     }

@@ -15,7 +15,7 @@ pub mod reference;
 pub use int8::Int8;
 pub use nf4::{Nf4, Nf4Parts, dynamic_map, nf4_code_book};
 
-pub(crate) use cpu::{multiply as multiply_frozen, with_transposed};
+pub(crate) use cpu::{multiply as multiply_frozen, with_operand, with_transposed};
 
 use crate::fused;
 use candle_core::quantized::QTensor;

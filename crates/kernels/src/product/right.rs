@@ -49,39 +49,104 @@ fn interleave(even: [u16; 32], odd: [u16; 32], pairs: &mut [u16]) {
 }
 
 /// dst [k, width] <- the transpose of `rows` (up to `width` of them, of k entries each), zeros for rows that are not there.
-pub(crate) fn transpose<T: Copy>(rows: &[&[T]], k: usize, width: usize, zero: T, dst: &mut [T]) {
+pub(crate) fn transpose(rows: &[&[f32]], k: usize, width: usize, dst: &mut [f32]) {
+    assert!(rows.iter().all(|row| row.len() == k) && dst.len() >= k * width, "transpose: {k} entries a row");
+    let starts: Vec<*const u32> = rows.iter().map(|row| row.as_ptr().cast()).collect();
+    // SAFETY: every row holds k entries of 32 bits, checked above, and so does every row of the panel.
+    unsafe { transpose_words(&starts, k, width, dst.as_mut_ptr().cast()) }
+}
+
+/// dst [k / 2 rounded up, width, 2] <- the transpose of `rows` of bf16 bits in pairs.
+pub(crate) fn transpose_pairs(rows: &[&[u16]], k: usize, width: usize, dst: &mut [u16]) {
+    assert!(rows.iter().all(|row| row.len() == k) && dst.len() >= k.div_ceil(2) * 2 * width, "transpose: {k} entries");
+    let starts: Vec<*const u32> = rows.iter().map(|row| row.as_ptr().cast()).collect();
+    // SAFETY: every row holds k / 2 whole pairs, checked above; they are read without regard to alignment.
+    unsafe { transpose_words(&starts, k / 2, width, dst.as_mut_ptr().cast()) }
+    if k % 2 == 1 {
+        for (j, pair) in dst[(k - 1) * width..].chunks_exact_mut(2).take(width).enumerate() {
+            pair[0] = rows.get(j).map_or(0, |row| row[k - 1]);
+            pair[1] = 0;
+        }
+    }
+}
+
+/// The same for entries of 32 bits.
+///
+/// # Safety
+/// `rows` point to k entries each, `dst` to [k, width].
+unsafe fn transpose_words(rows: &[*const u32], k: usize, width: usize, dst: *mut u32) {
     // A block of the panel stays in the first-level cache while all rows write to it.
     const BLOCK: usize = 64;
     for start in (0..k).step_by(BLOCK) {
         let end = (start + BLOCK).min(k);
-        let block = &mut dst[start * width..end * width];
-        for j in 0..width {
-            let column = block.iter_mut().skip(j).step_by(width);
-            match rows.get(j) {
-                Some(row) => column.zip(&row[start..end]).for_each(|(d, v)| *d = *v),
-                None => column.for_each(|d| *d = zero),
+        for first in (0..width).step_by(16) {
+            let mut p = start;
+            #[cfg(target_arch = "x86_64")]
+            if first + 16 <= rows.len() && crate::simd::level() >= crate::simd::Level::V4 {
+                while p + 16 <= end {
+                    // SAFETY: 16 rows of at least p + 16 entries; the level was checked.
+                    unsafe { v4::transpose(&rows[first..first + 16], p, dst.add(p * width + first), width) };
+                    p += 16;
+                }
+            }
+            for j in first..(first + 16).min(width) {
+                for p in p..end {
+                    // SAFETY: within the row and the panel.
+                    unsafe {
+                        let value = rows.get(j).map_or(0, |row| row.add(p).read_unaligned());
+                        dst.add(p * width + j).write_unaligned(value);
+                    }
+                }
             }
         }
     }
 }
 
-/// dst [k / 2 rounded up, width, 2] <- the transpose of `rows` of bf16 bits in pairs.
-pub(crate) fn transpose_pairs(rows: &[&[u16]], k: usize, width: usize, dst: &mut [u16]) {
-    const BLOCK: usize = 64;
-    let pairs = k.div_ceil(2);
-    for start in (0..pairs).step_by(BLOCK) {
-        let end = (start + BLOCK).min(pairs);
-        let block = &mut dst[start * 2 * width..end * 2 * width];
-        for j in 0..width {
-            let column = block.chunks_exact_mut(2).skip(j).step_by(width);
-            match rows.get(j) {
-                Some(row) => {
-                    for (pair, values) in column.zip(row[2 * start..(2 * end).min(k)].chunks(2)) {
-                        pair[0] = values[0];
-                        pair[1] = values.get(1).copied().unwrap_or(0);
-                    }
-                }
-                None => column.for_each(|pair| pair.fill(0)),
+#[cfg(target_arch = "x86_64")]
+mod v4 {
+    use std::arch::x86_64::{
+        __m512i, _mm512_loadu_si512, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    };
+
+    /// 16 entries of 16 rows from `p` on, transposed to rows `stride` apart.
+    ///
+    /// # Safety
+    /// The rows hold p + 16 entries; `dst` has 16 rows of 16.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn transpose(rows: &[*const u32], p: usize, dst: *mut u32, stride: usize) {
+        let mut r = [_mm512_setzero_si512(); 16];
+        for (r, row) in r.iter_mut().zip(rows) {
+            // SAFETY: the caller's promise.
+            *r = unsafe { _mm512_loadu_si512(row.add(p).cast()) };
+        }
+        // Within each quarter of a register: 4 by 4 blocks of 4 rows.
+        let mut t = r;
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for i in 0..4 {
+            let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
+            r[4 * i] = _mm512_unpacklo_epi64(a, c);
+            r[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+            r[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+            r[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+        }
+        // Quarter q of r[4 i + c] is column 4 q + c of rows 4 i..4 i + 4: gather the quarters of equal q.
+        for c in 0..4 {
+            let [a, b, d, e] = [r[c], r[4 + c], r[8 + c], r[12 + c]];
+            let low: [__m512i; 2] = [_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0x44>(d, e)];
+            let high: [__m512i; 2] = [_mm512_shuffle_i32x4::<0xee>(a, b), _mm512_shuffle_i32x4::<0xee>(d, e)];
+            let columns = [
+                _mm512_shuffle_i32x4::<0x88>(low[0], low[1]),
+                _mm512_shuffle_i32x4::<0xdd>(low[0], low[1]),
+                _mm512_shuffle_i32x4::<0x88>(high[0], high[1]),
+                _mm512_shuffle_i32x4::<0xdd>(high[0], high[1]),
+            ];
+            for (q, column) in columns.into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_storeu_si512(dst.add((4 * q + c) * stride).cast(), column) };
             }
         }
     }
@@ -153,7 +218,7 @@ impl Right for Slice<'_> {
             let (start, here) = (first + at, micro::width().min(columns - at));
             if self.transposed {
                 let rows: Vec<&[f32]> = self.data[start * self.k..].chunks(self.k.max(1)).take(here).collect();
-                transpose(&rows, self.k, width, 0.0, panel);
+                transpose(&rows, self.k, width, panel);
             } else {
                 for (row, panel) in self.data.chunks(self.n).zip(panel.chunks_exact_mut(width)) {
                     panel[..here].copy_from_slice(&row[start..start + here]);
