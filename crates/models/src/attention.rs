@@ -85,15 +85,16 @@ impl Attention {
         Ok(self.o.forward(&out.reshape((b, t, q_width))?, flow)?)
     }
 
-    /// The whole as one operation, norm before and residual sum after included; None where something in it has no such form.
-    pub(crate) fn fused(
+    /// The whole as one operation and its flat parameters, norm before and residual sum after included; None where something
+    /// in it has no such form.
+    pub(crate) fn part(
         &self,
         x: &Tensor,
         norm: Option<&Norm>,
         residual: bool,
         context: &Context,
         flow: &Flow,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<(Arc<AttentionPart>, Option<Tensor>)>> {
         let norm = match norm.map(Norm::frozen_part) {
             Some(None) => return Ok(None),
             Some(part) => part,
@@ -120,7 +121,7 @@ impl Attention {
             spec: context.attention(self.layer).clone(),
             residual,
         };
-        Ok(Some(part::attention_part(x, parameters.as_ref(), &Arc::new(part))?))
+        Ok(Some((Arc::new(part), parameters)))
     }
 
     pub(crate) fn walk(

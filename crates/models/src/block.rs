@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use espalier_adapters::module::{Linear, Norm, flat_parameters, projections};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::activation::{Activation, activate, gated};
-use espalier_kernels::part::{self, FeedForwardPart};
+use espalier_kernels::part::{self, FeedForwardPart, Node, attention_part, feed_forward_part};
 
 use crate::Result;
 use crate::attention::Attention;
@@ -56,8 +56,15 @@ impl Mlp {
 }
 
 impl Mlp {
-    /// The whole as one operation, norm before and residual sum after included; None where something in it has no such form.
-    fn fused(&self, x: &Tensor, norm: Option<&Norm>, residual: bool, flow: &Flow) -> Result<Option<Tensor>> {
+    /// The whole as one operation and its flat parameters, norm before and residual sum after included; None where something
+    /// in it has no such form.
+    fn part(
+        &self,
+        x: &Tensor,
+        norm: Option<&Norm>,
+        residual: bool,
+        flow: &Flow,
+    ) -> Result<Option<(Arc<FeedForwardPart>, Option<Tensor>)>> {
         let norm = match norm.map(Norm::frozen_part) {
             Some(None) => return Ok(None),
             Some(part) => part,
@@ -78,7 +85,36 @@ impl Mlp {
             gated: self.gated,
             residual,
         };
-        Ok(Some(part::feed_forward_part(x, parameters.as_ref(), &Arc::new(part))?))
+        Ok(Some((Arc::new(part), parameters)))
+    }
+}
+
+/// Flat parameters, each with its gradient.
+pub type FlatGradients = Vec<(Tensor, Tensor)>;
+
+/// One pass through a block, to go back through without a tape.
+#[derive(Debug)]
+pub struct BlockPass {
+    nodes: [(Node, Option<Tensor>); 2],
+}
+
+impl BlockPass {
+    /// The gradient of the block's input, if wanted, for `g` of its output; and those of its flat parameters that are on the
+    /// tape, each with them.
+    ///
+    /// # Errors
+    /// If `g` has another shape than the output.
+    pub fn backward(self, g: &Tensor, wants_x: bool) -> Result<(Option<Tensor>, FlatGradients)> {
+        let [(attention, a), (mlp, m)] = self.nodes;
+        let mut gradients = Vec::with_capacity(2);
+        let trained = |flat: &Option<Tensor>| flat.as_ref().is_some_and(Tensor::track_op);
+        let (dx, d) = mlp.backward(g, (true, trained(&m)))?;
+        gradients.extend(m.zip(d));
+        drop(mlp);
+        let Some(dx) = dx else { return Ok((None, gradients)) };
+        let (dx, d) = attention.backward(&dx, (wants_x, trained(&a)))?;
+        gradients.extend(a.zip(d));
+        Ok((dx, gradients))
     }
 }
 
@@ -127,6 +163,20 @@ impl Block {
         })
     }
 
+    /// The output for `x` off the tape and the way back through it, where the block is two fused operations.
+    pub(crate) fn pass(&self, x: &Tensor, context: &Context, flow: &Flow) -> Result<Option<(Tensor, BlockPass)>> {
+        let n = &self.norms;
+        if self.placement != NormPlacement::Pre {
+            return Ok(None);
+        }
+        let attention = self.attention.part(x, Some(&n[0]), true, context, flow)?;
+        let mlp = self.mlp.part(x, Some(&n[1]), true, flow)?;
+        let (Some((attention, a)), Some((mlp, m))) = (attention, mlp) else { return Ok(None) };
+        let (y, attention) = attention.node(x, a.as_ref())?;
+        let (y, mlp) = mlp.node(&y, m.as_ref())?;
+        Ok(Some((y, BlockPass { nodes: [(attention, a), (mlp, m)] })))
+    }
+
     /// Attention of the normalised input, added to the input if `residual`: as one operation where it has that form.
     fn attend(
         &self,
@@ -138,9 +188,9 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         if cache.is_none()
-            && let Some(y) = self.attention.fused(x, norm, residual, context, flow)?
+            && let Some((part, parameters)) = self.attention.part(x, norm, residual, context, flow)?
         {
-            return Ok(y);
+            return Ok(attention_part(x, parameters.as_ref(), &part)?);
         }
         let y = match norm {
             Some(norm) => self.attention.forward(&norm.forward(x)?, context, flow, cache)?,
@@ -151,8 +201,8 @@ impl Block {
 
     /// The same for the feed-forward part.
     fn feed(&self, x: &Tensor, norm: Option<&Norm>, residual: bool, flow: &Flow) -> Result<Tensor> {
-        if let Some(y) = self.mlp.fused(x, norm, residual, flow)? {
-            return Ok(y);
+        if let Some((part, parameters)) = self.mlp.part(x, norm, residual, flow)? {
+            return Ok(feed_forward_part(x, parameters.as_ref(), &part)?);
         }
         let y = match norm {
             Some(norm) => self.mlp.forward(&norm.forward(x)?, flow)?,

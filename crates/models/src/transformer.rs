@@ -6,7 +6,7 @@ use espalier_adapters::module::Norm;
 use espalier_adapters::{Embedding, Flow, Host, ModuleMut};
 use espalier_kernels::cross_entropy::{cross_entropy, linear_cross_entropy};
 
-use crate::block::Block;
+use crate::block::{Block, BlockPass};
 use crate::builder::Builder;
 use crate::cache::{KvCache, LayerCache};
 use crate::config::{HeadSpec, ModelConfig, Positions};
@@ -191,6 +191,20 @@ impl Model {
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         self.blocks[index].forward(x, context, flow, cache)
+    }
+
+    /// Output of block `index` for `x` off the tape, and the way back; None where the block is no pair of fused operations.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn block_pass(
+        &self,
+        index: usize,
+        x: &Tensor,
+        context: &Context,
+        flow: &Flow,
+    ) -> Result<Option<(Tensor, BlockPass)>> {
+        self.blocks[index].pass(x, context, flow)
     }
 
     /// Vectors after the blocks, as the head takes them: after the final norm, if there is one.

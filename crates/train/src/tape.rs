@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId, Var};
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
-use espalier_models::{Model, TokenBatch};
+use espalier_models::{BlockPass, Model, TokenBatch};
 
 use crate::Result;
 use crate::objective::Targets;
@@ -114,6 +114,14 @@ impl Start {
     }
 }
 
+/// The way back through one block.
+enum Record {
+    /// Through fused operations.
+    Pass(BlockPass),
+    /// Over the tape from the output to the leaf.
+    Tape(Var, Tensor),
+}
+
 /// One pass over a micro-batch: adds `scale` times the gradient of the summed loss, and gives the summed loss.
 ///
 /// # Errors
@@ -135,31 +143,48 @@ pub fn accumulate(
         Start::Embeddings => 0,
         Start::Block(first) => first,
     };
-    // For each recorded block: its leaf, and its output unless it is made again.
-    let mut saved: Vec<(Var, Option<Tensor>)> = Vec::with_capacity(model.blocks() - first);
-    for i in 0..model.blocks() {
-        if i < first {
-            x = model.block(i, &x, &context, flow, None)?.detach();
-            continue;
+    let record = |i: usize, x: &Tensor| -> Result<(Tensor, Record)> {
+        if let Some((y, pass)) = model.block_pass(i, x, &context, flow)? {
+            return Ok((y, Record::Pass(pass)));
         }
-        let leaf = Var::from_tensor(&x)?;
-        let y = if checkpointing {
-            model.block(i, &x, &context, flow, None)?
+        let leaf = Var::from_tensor(x)?;
+        let y = model.block(i, leaf.as_tensor(), &context, flow, None)?;
+        Ok((y.detach(), Record::Tape(leaf, y)))
+    };
+    // For each recorded block the way back through it, or its input, to make the way again.
+    let mut saved: Vec<std::result::Result<Record, Tensor>> = Vec::with_capacity(model.blocks() - first);
+    for i in 0..model.blocks() {
+        if i < first || checkpointing {
+            if i >= first {
+                saved.push(Err(x.clone()));
+            }
+            x = model.block(i, &x, &context, flow, None)?.detach();
         } else {
-            model.block(i, leaf.as_tensor(), &context, flow, None)?
-        };
-        x = y.detach();
-        saved.push((leaf, (!checkpointing).then_some(y)));
+            let (y, way) = record(i, &x)?;
+            x = y;
+            saved.push(Ok(way));
+        }
     }
     let needs_blocks = !saved.is_empty() || start == Start::Embeddings;
     let (loss, mut dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
-    for (i, (leaf, output)) in saved.into_iter().enumerate().rev() {
+    for (i, saved) in saved.into_iter().enumerate().rev() {
         let Some(upstream) = dx else { break };
-        let y = match output {
-            Some(y) => y,
-            None => model.block(first + i, leaf.as_tensor(), &context, flow, None)?,
+        let way = match saved {
+            Ok(way) => way,
+            Err(x) => record(first + i, &x)?.1,
         };
-        dx = gradients.add(&seed(&y, upstream)?, Some(leaf.as_tensor()))?;
+        // Below the first recorded block nothing is trained.
+        let wanted = i > 0 || start == Start::Embeddings;
+        dx = match way {
+            Record::Tape(leaf, y) => gradients.add(&seed(&y, upstream)?, Some(leaf.as_tensor()))?,
+            Record::Pass(pass) => {
+                let (dx, parameters) = pass.backward(&upstream, wanted)?;
+                for (flat, gradient) in parameters {
+                    gradients.add(&seed(&flat, gradient)?, None)?;
+                }
+                dx
+            }
+        };
     }
     if let (Start::Embeddings, Some(upstream)) = (start, dx) {
         gradients.add(&seed(&embedded, upstream)?, None)?;

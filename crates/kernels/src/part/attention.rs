@@ -1,7 +1,7 @@
 //! The attention part.
 
 use super::group::{Group, Kept};
-use super::{PartNorm, Projection, check, join, no_parameters, split};
+use super::{Differentiable, Node, PartNorm, Projection, check, join, no_parameters, split};
 use crate::attention::cpu::{gradients, run};
 use crate::attention::{AttentionSpec, Dims};
 use crate::element::{Element, by_dtype, cpu_slice, slice, tensor_like};
@@ -36,6 +36,20 @@ pub struct AttentionPart {
 }
 
 impl AttentionPart {
+    fn check(&self, x: &Tensor, parameters: &Tensor) -> Result<()> {
+        let (b, t, _) = check("attention part", x, parameters, self.groups().1.end)?;
+        if !matches!(self.inputs.len(), 1 | 3) || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+            bail!("attention part: {} projections for {} heads over {}", self.inputs.len(), self.heads, self.kv_heads)
+        }
+        if let Some((cos, sin)) = &self.rotary {
+            let (cb, ct, half) = cos.dims3()?;
+            if sin.dims() != cos.dims() || ct != t || (cb != b && cb != 1) || 2 * half > self.head_dim {
+                bail!("attention part: x {:?}, cos {:?}, sin {:?}", x.dims(), cos.dims(), sin.dims())
+            }
+        }
+        Ok(())
+    }
+
     fn groups(&self) -> (Group<'_>, Group<'_>) {
         let inputs = Group::new(&self.inputs, 0);
         let output = Group::new(std::slice::from_ref(&self.output), inputs.end);
@@ -59,20 +73,26 @@ impl AttentionPart {
     }
 }
 
+impl AttentionPart {
+    /// The part's result for x [b, t, h] off the tape, and the node that gives its gradients.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn node(self: &Arc<Self>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
+        let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.detach().contiguous())?;
+        self.check(x, &parameters)?;
+        let op = Attention { part: self.clone(), kept: OnceLock::new() };
+        let x = x.detach().contiguous()?;
+        let y = x.apply_op2_no_bwd(&parameters, &op)?;
+        Ok((y, Node::new(x, parameters, Box::new(op))))
+    }
+}
+
 /// The part's result for x [b, t, h]; `parameters` holds A of query, key and value, then their B and gains, then A, B and gain
 /// of the projection back. Gradients for x and the parameters.
 pub fn attention_part(x: &Tensor, parameters: Option<&Tensor>, part: &Arc<AttentionPart>) -> Result<Tensor> {
     let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.contiguous())?;
-    let (b, t, _) = check("attention part", x, &parameters, part.groups().1.end)?;
-    if !matches!(part.inputs.len(), 1 | 3) || part.kv_heads == 0 || !part.heads.is_multiple_of(part.kv_heads) {
-        bail!("attention part: {} projections for {} heads over {}", part.inputs.len(), part.heads, part.kv_heads)
-    }
-    if let Some((cos, sin)) = &part.rotary {
-        let (cb, ct, half) = cos.dims3()?;
-        if sin.dims() != cos.dims() || ct != t || (cb != b && cb != 1) || 2 * half > part.head_dim {
-            bail!("attention part: x {:?}, cos {:?}, sin {:?}", x.dims(), cos.dims(), sin.dims())
-        }
-    }
+    part.check(x, &parameters)?;
     x.contiguous()?.apply_op2(&parameters, Attention { part: part.clone(), kept: OnceLock::new() })
 }
 
@@ -174,14 +194,26 @@ impl CustomOp2 for Attention {
     }
 
     fn bwd(&self, x: &Tensor, p: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        self.gradients(x, p, g, (x.track_op(), p.track_op()))
+    }
+}
+
+impl Differentiable for Attention {
+    fn gradients(
+        &self,
+        x: &Tensor,
+        p: &Tensor,
+        g: &Tensor,
+        (wants_x, wants_p): (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let g = g.contiguous()?;
         let ((sx, lx), (sp, lp), (sg, lg)) = (x.storage_and_layout(), p.storage_and_layout(), g.storage_and_layout());
         let parameters = cpu_slice::<f32>(&sp, lp)?;
-        let mut d_parameters = p.track_op().then(|| vec![0f32; parameters.len()]);
+        let mut d_parameters = wants_p.then(|| vec![0f32; parameters.len()]);
         by_dtype!(x.dtype(), self.name(), T => {
             let (xs, gs) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
-            let dx = self.backward::<T>(xs, parameters, gs, (b, t), d_parameters.as_deref_mut(), x.track_op())?;
+            let dx = self.backward::<T>(xs, parameters, gs, (b, t), d_parameters.as_deref_mut(), wants_x)?;
             Ok((dx.map(|dx| tensor_like(dx, x)).transpose()?, d_parameters.map(|d| tensor_like(d, p)).transpose()?))
         })
     }

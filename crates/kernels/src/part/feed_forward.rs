@@ -1,7 +1,7 @@
 //! The feed-forward part.
 
 use super::group::{Group, Kept};
-use super::{PartNorm, Projection, check, join, no_parameters, split};
+use super::{Differentiable, Node, PartNorm, Projection, check, join, no_parameters, split};
 use crate::activation::Activation;
 use crate::activation::cpu::{activated, activated_gradient, gated_forward, gated_gradients};
 use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
@@ -29,6 +29,14 @@ pub struct FeedForwardPart {
 }
 
 impl FeedForwardPart {
+    fn check(&self, x: &Tensor, parameters: &Tensor) -> Result<()> {
+        check("feed-forward", x, parameters, self.groups().1.end)?;
+        if !matches!((self.inputs.len(), self.gated), (1, _) | (2, true)) {
+            bail!("feed-forward: {} input projections, expected one, or gate and up", self.inputs.len())
+        }
+        Ok(())
+    }
+
     /// Widths of gate and up where one projection gives both.
     fn halves(&self) -> Option<[usize; 2]> {
         match self.inputs.as_slice() {
@@ -44,14 +52,26 @@ impl FeedForwardPart {
     }
 }
 
+impl FeedForwardPart {
+    /// The part's result for x [b, t, h] off the tape, and the node that gives its gradients.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn node(self: &Arc<Self>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
+        let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.detach().contiguous())?;
+        self.check(x, &parameters)?;
+        let op = FeedForward { part: self.clone(), kept: OnceLock::new() };
+        let x = x.detach().contiguous()?;
+        let y = x.apply_op2_no_bwd(&parameters, &op)?;
+        Ok((y, Node::new(x, parameters, Box::new(op))))
+    }
+}
+
 /// The part's result for x [b, t, h]; `parameters` holds A of gate and up, then their B and gains, then A, B and gain of the
 /// projection back. Gradients for x and the parameters.
 pub fn feed_forward_part(x: &Tensor, parameters: Option<&Tensor>, part: &Arc<FeedForwardPart>) -> Result<Tensor> {
     let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.contiguous())?;
-    check("feed-forward", x, &parameters, part.groups().1.end)?;
-    if !matches!((part.inputs.len(), part.gated), (1, _) | (2, true)) {
-        bail!("feed-forward: {} input projections, expected one, or gate and up", part.inputs.len())
-    }
+    part.check(x, &parameters)?;
     x.contiguous()?.apply_op2(&parameters, FeedForward { part: part.clone(), kept: OnceLock::new() })
 }
 
@@ -150,14 +170,26 @@ impl CustomOp2 for FeedForward {
     }
 
     fn bwd(&self, x: &Tensor, p: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        self.gradients(x, p, g, (x.track_op(), p.track_op()))
+    }
+}
+
+impl Differentiable for FeedForward {
+    fn gradients(
+        &self,
+        x: &Tensor,
+        p: &Tensor,
+        g: &Tensor,
+        (wants_x, wants_p): (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let g = g.contiguous()?;
         let ((sx, lx), (sp, lp), (sg, lg)) = (x.storage_and_layout(), p.storage_and_layout(), g.storage_and_layout());
         let parameters = cpu_slice::<f32>(&sp, lp)?;
-        let mut d_parameters = p.track_op().then(|| vec![0f32; parameters.len()]);
+        let mut d_parameters = wants_p.then(|| vec![0f32; parameters.len()]);
         by_dtype!(x.dtype(), self.name(), T => {
             let (xs, gs) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
-            let dx = self.backward::<T>(xs, parameters, gs, b * t, d_parameters.as_deref_mut(), x.track_op())?;
+            let dx = self.backward::<T>(xs, parameters, gs, b * t, d_parameters.as_deref_mut(), wants_x)?;
             Ok((dx.map(|dx| tensor_like(dx, x)).transpose()?, d_parameters.map(|d| tensor_like(d, p)).transpose()?))
         })
     }

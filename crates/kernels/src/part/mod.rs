@@ -148,6 +148,48 @@ fn finish<T: Element>(d_rows: Vec<T>, norm: Option<&Normaliser>, x: &[T], residu
     }
 }
 
+/// An operation whose gradients can be asked for without a tape.
+trait Differentiable: Send + Sync {
+    /// Gradients of x and of the parameters for `g` of the result, where wanted.
+    fn gradients(
+        &self,
+        x: &Tensor,
+        parameters: &Tensor,
+        g: &Tensor,
+        wants: (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)>;
+}
+
+/// One pass of a part, to go back through.
+pub struct Node {
+    x: Tensor,
+    parameters: Tensor,
+    op: Box<dyn Differentiable>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("x", &self.x.dims()).field("parameters", &self.parameters.dims()).finish()
+    }
+}
+
+impl Node {
+    fn new(x: Tensor, parameters: Tensor, op: Box<dyn Differentiable>) -> Self {
+        Self { x, parameters, op }
+    }
+
+    /// The gradients of x and of the flat parameters, where wanted, for `g` of the result.
+    ///
+    /// # Errors
+    /// If `g` has another shape or type.
+    pub fn backward(&self, g: &Tensor, wants: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if g.dims() != self.x.dims() || g.dtype() != self.x.dtype() {
+            bail!("part: gradient {:?} {:?} for a result {:?}", g.dtype(), g.dims(), self.x.dims())
+        }
+        self.op.gradients(&self.x, &self.parameters, g, wants)
+    }
+}
+
 /// Whether a part runs fused for rows like `x`: as the other kernels, and not in f16 or with parameters elsewhere.
 pub fn is_fused(x: &Tensor, parameters: Option<&Tensor>) -> bool {
     crate::fused(x) && parameters.is_none_or(|p| p.dtype() == DType::F32 && p.device().is_cpu())
