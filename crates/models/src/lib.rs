@@ -21,7 +21,7 @@ pub mod seedling;
 pub mod source;
 mod transformer;
 
-pub use block::BlockPass;
+pub use block::{BlockPass, FlatGradients};
 pub use cache::KvCache;
 pub use config::ModelConfig;
 pub use error::{Error, Result};

@@ -170,9 +170,14 @@ pub(crate) fn scatter_pairs(even: &[u16], odd: Option<&[u16]>, k: usize, p: usiz
     for (at, width) in panels_of(even.len()) {
         let here = micro::width().min(even.len() - at);
         let to = &mut dst[offset + p * width..][..2 * width];
-        for (j, pair) in to.chunks_exact_mut(2).take(here).enumerate() {
-            pair[0] = even[at + j];
-            pair[1] = odd.map_or(0, |odd| odd[at + j]);
+        let (pairs, even) = (to.as_chunks_mut::<2>().0, &even[at..at + here]);
+        match odd {
+            Some(odd) => {
+                for ((pair, even), odd) in pairs.iter_mut().zip(even).zip(&odd[at..at + here]) {
+                    *pair = [*even, *odd];
+                }
+            }
+            None => pairs.iter_mut().zip(even).for_each(|(pair, even)| *pair = [*even, 0]),
         }
         to[2 * here..].fill(0);
         offset += k.div_ceil(2) * 2 * width;
