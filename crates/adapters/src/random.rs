@@ -50,10 +50,11 @@ pub fn normal(rng: &mut ChaCha8Rng, std: f64, shape: impl Into<Shape>, device: &
         let mut rng = rng.clone();
         rng.set_word_pos(start + (i * PIECE) as u128 * WORDS);
         for pair in piece.chunks_mut(2) {
-            let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt() * std;
-            let angle = std::f64::consts::TAU * rng.random::<f64>();
-            for (value, part) in pair.iter_mut().zip([angle.cos(), angle.sin()]) {
-                *value = (radius * part) as f32;
+            // In (0, 1], where a draw of f32 could be 0.
+            let radius = (-2.0 * ((1.0 - rng.random::<f64>()) as f32).ln()).sqrt() * std as f32;
+            let (sin, cos) = (std::f32::consts::TAU * rng.random::<f64>() as f32).sin_cos();
+            for (value, part) in pair.iter_mut().zip([cos, sin]) {
+                *value = radius * part;
             }
         }
     });

@@ -136,19 +136,31 @@ impl Normaliser {
         }
     }
 
-    /// The gradient of `x` for `g` of the result.
-    pub(crate) fn backward<T: Element>(&self, x: &[T], g: &[T]) -> Vec<T> {
+    /// The gradient of `x` for `g` of the result, and `beside` (a gradient that reaches x another way) added to it.
+    pub(crate) fn backward<T: Element>(&self, x: &[T], g: &[T], beside: Option<&[T]>) -> Vec<T> {
         let h = match self {
             Self::Rms { gain, .. } | Self::Layer { gain, .. } => gain.len(),
         };
-        let (dx, _) = each_gradient(x, g, h, true, 0, |x, g, dx, _| {
-            let Some(dx) = dx else { return };
-            match self {
-                Self::Rms { gain, eps } => rms_input_gradient(x, g, gain, *eps, dx),
-                Self::Layer { gain, eps, .. } => layer_input_gradient(x, g, gain, *eps, dx),
+        let mut out = zeros::<T>(x.len());
+        let size = rows_per_piece(h, 1) * h;
+        chunks(&mut out, size, x.len(), |i, piece| {
+            let (mut s1, mut s2, mut s3, mut to) = (T::scratch(h), T::scratch(h), T::scratch(h), T::scratch(h));
+            for (j, dx) in piece.chunks_exact_mut(h).enumerate() {
+                let at = i * size + j * h;
+                let (x, g) = (T::view(&x[at..at + h], &mut s1), T::view(&g[at..at + h], &mut s2));
+                let beside = beside.map(|b| T::view(&b[at..at + h], &mut s3));
+                T::write(dx, &mut to, |dx| {
+                    match self {
+                        Self::Rms { gain, eps } => rms_input_gradient(x, g, gain, *eps, dx),
+                        Self::Layer { gain, eps, .. } => layer_input_gradient(x, g, gain, *eps, dx),
+                    }
+                    if let Some(beside) = beside {
+                        axpy(1.0, beside, dx);
+                    }
+                });
             }
         });
-        dx.unwrap_or_default()
+        out
     }
 }
 

@@ -1,7 +1,7 @@
 //! The attention part.
 
 use super::group::{Group, Kept};
-use super::{Differentiable, Node, PartNorm, Projection, check, join, no_parameters, split};
+use super::{Differentiable, Node, PartNorm, Projection, check, is_fused, join, no_parameters, reference, split};
 use crate::attention::cpu::{gradients, run};
 use crate::attention::{AttentionSpec, Dims};
 use crate::element::{Element, by_dtype, cpu_slice, slice, tensor_like};
@@ -79,6 +79,12 @@ impl AttentionPart {
     /// # Errors
     /// If shapes do not fit.
     pub fn node(self: &Arc<Self>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
+        if !is_fused(x, parameters) {
+            bail!(
+                "a part without the tape: x is {:?}, expected f32, bf16 or f16 on the CPU and f32 parameters",
+                x.dtype()
+            )
+        }
         let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.detach().contiguous())?;
         self.check(x, &parameters)?;
         let op = Attention { part: self.clone(), kept: OnceLock::new() };
@@ -93,6 +99,9 @@ impl AttentionPart {
 pub fn attention_part(x: &Tensor, parameters: Option<&Tensor>, part: &Arc<AttentionPart>) -> Result<Tensor> {
     let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.contiguous())?;
     part.check(x, &parameters)?;
+    if !is_fused(x, Some(&parameters)) {
+        return reference::attention_part(x, &parameters, part);
+    }
     x.contiguous()?.apply_op2(&parameters, Attention { part: part.clone(), kept: OnceLock::new() })
 }
 

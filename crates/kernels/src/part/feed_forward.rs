@@ -1,7 +1,7 @@
 //! The feed-forward part.
 
 use super::group::{Group, Kept};
-use super::{Differentiable, Node, PartNorm, Projection, check, join, no_parameters, split};
+use super::{Differentiable, Node, PartNorm, Projection, check, is_fused, join, no_parameters, reference, split};
 use crate::activation::Activation;
 use crate::activation::cpu::{activated, activated_gradient, gated_forward, gated_gradients};
 use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
@@ -58,6 +58,12 @@ impl FeedForwardPart {
     /// # Errors
     /// If shapes do not fit.
     pub fn node(self: &Arc<Self>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
+        if !is_fused(x, parameters) {
+            bail!(
+                "a part without the tape: x is {:?}, expected f32, bf16 or f16 on the CPU and f32 parameters",
+                x.dtype()
+            )
+        }
         let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.detach().contiguous())?;
         self.check(x, &parameters)?;
         let op = FeedForward { part: self.clone(), kept: OnceLock::new() };
@@ -72,6 +78,9 @@ impl FeedForwardPart {
 pub fn feed_forward_part(x: &Tensor, parameters: Option<&Tensor>, part: &Arc<FeedForwardPart>) -> Result<Tensor> {
     let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.contiguous())?;
     part.check(x, &parameters)?;
+    if !is_fused(x, Some(&parameters)) {
+        return reference::feed_forward_part(x, &parameters, part);
+    }
     x.contiguous()?.apply_op2(&parameters, FeedForward { part: part.clone(), kept: OnceLock::new() })
 }
 

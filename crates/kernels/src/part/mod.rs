@@ -12,6 +12,7 @@ mod attention;
 mod feed_forward;
 mod gain;
 mod group;
+pub mod reference;
 
 pub use attention::{AttentionPart, attention_part};
 pub use feed_forward::{FeedForwardPart, feed_forward_part};
@@ -92,19 +93,6 @@ impl PartNorm {
     }
 }
 
-/// The sum of two gradients, in place of the first.
-fn add_rows<T: Element>(mut a: Vec<T>, b: &[T]) -> Vec<T> {
-    const PIECE: usize = 1 << 13;
-    let n = a.len();
-    crate::parallel::chunks(&mut a, PIECE, n, |i, a| {
-        let (mut s1, mut s2, mut s3) = (T::scratch(a.len()), T::scratch(a.len()), vec![0f32; a.len()]);
-        s3.copy_from_slice(T::view(&b[i * PIECE..][..a.len()], &mut s1));
-        crate::vector::axpy(1.0, T::view(a, &mut s2), &mut s3);
-        T::store(&s3, a);
-    });
-    a
-}
-
 /// Rows of sum(widths) entries as one matrix for each width.
 fn split<T: Element>(rows: &[T], widths: &[usize]) -> Vec<Vec<T>> {
     let total: usize = widths.iter().sum();
@@ -138,14 +126,24 @@ fn join<T: Element>(parts: &[Vec<T>], widths: &[usize]) -> Vec<T> {
 
 /// The gradient of a part's input from that of its normalised rows and, through the residual sum, of its result.
 fn finish<T: Element>(d_rows: Vec<T>, norm: Option<&Normaliser>, x: &[T], residual: Option<&[T]>) -> Vec<T> {
-    let dx = match norm {
-        Some(norm) => norm.backward(x, &d_rows),
-        None => d_rows,
-    };
-    match residual {
-        Some(g) => add_rows(dx, g),
-        None => dx,
+    match (norm, residual) {
+        (Some(norm), beside) => norm.backward(x, &d_rows, beside),
+        (None, None) => d_rows,
+        (None, Some(g)) => sum(d_rows, g),
     }
+}
+
+/// The sum of two gradients.
+fn sum<T: Element>(mut a: Vec<T>, b: &[T]) -> Vec<T> {
+    const PIECE: usize = 1 << 13;
+    let n = a.len();
+    crate::parallel::chunks(&mut a, PIECE, n, |i, a| {
+        let (mut s1, mut s2) = (T::scratch(a.len()), vec![0f32; a.len()]);
+        T::load(a, &mut s2);
+        crate::vector::axpy(1.0, T::view(&b[i * PIECE..][..a.len()], &mut s1), &mut s2);
+        T::store(&s2, a);
+    });
+    a
 }
 
 /// An operation whose gradients can be asked for without a tape.
@@ -202,8 +200,8 @@ fn no_parameters(x: &Tensor) -> Result<Tensor> {
 
 fn check(what: &str, x: &Tensor, parameters: &Tensor, needed: usize) -> Result<(usize, usize, usize)> {
     let (b, t, h) = x.dims3()?;
-    if parameters.dims() != [needed] || parameters.dtype() != DType::F32 {
-        bail!("{what}: parameters are {:?} {:?}, expected f32 [{needed}]", parameters.dtype(), parameters.dims())
+    if parameters.dims() != [needed] || !parameters.dtype().is_float() {
+        bail!("{what}: parameters are {:?} {:?}, expected floats [{needed}]", parameters.dtype(), parameters.dims())
     }
     Ok((b, t, h))
 }

@@ -1,0 +1,275 @@
+//! The fused halves of a block against their references, in values and all gradients.
+#![allow(clippy::unwrap_used)]
+mod common;
+use candle_core::{DType, Tensor};
+use common::*;
+use espalier_kernels::activation::Activation;
+use espalier_kernels::attention::{AttentionSpec, Segments};
+use espalier_kernels::frozen::FrozenWeight;
+use espalier_kernels::part::{
+    AttentionPart, Factors, FeedForwardPart, PartNorm, Projection, attention_part, feed_forward_part, reference,
+};
+use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+
+/// What the projections of a case have: rank (0: no adapter), gain, bias.
+#[derive(Clone, Copy)]
+struct Kind {
+    rank: usize,
+    gain: bool,
+    bias: bool,
+}
+
+const PLAIN: Kind = Kind { rank: 0, gain: false, bias: false };
+const LORA: Kind = Kind { rank: 3, gain: false, bias: false };
+const DORA: Kind = Kind { rank: 2, gain: true, bias: false };
+const BIASED: Kind = Kind { rank: 16, gain: false, bias: true };
+
+fn projection(r: &mut ChaCha8Rng, d_out: usize, d_in: usize, kind: Kind) -> Projection {
+    let w = (randn(r, &[d_out, d_in], DType::F32) * (1.0 / (d_in as f64).sqrt())).unwrap();
+    Projection {
+        weight: Arc::new(FrozenWeight::dense(w).unwrap()),
+        bias: kind.bias.then(|| randn(r, &[d_out], DType::F32)),
+        low_rank: (kind.rank > 0).then_some(Factors { rank: kind.rank, scale: 0.7, gain: kind.gain }),
+    }
+}
+
+/// Flat parameters of groups of projections.
+fn parameters(r: &mut ChaCha8Rng, groups: &[&[Projection]]) -> Tensor {
+    let mut parts = vec![Tensor::zeros(0, DType::F32, &candle_core::Device::Cpu).unwrap()];
+    let rank = |p: &Projection| p.low_rank.as_ref().map_or(0, |l| l.rank);
+    for group in groups {
+        let d_in = group[0].weight.d_in();
+        for p in *group {
+            parts.push((randn(r, &[rank(p) * d_in], DType::F32) * (1.0 / (d_in as f64).sqrt())).unwrap());
+        }
+        for p in *group {
+            parts.push((randn(r, &[rank(p) * p.weight.d_out()], DType::F32) * 0.5).unwrap());
+            if p.low_rank.as_ref().is_some_and(|l| l.gain) {
+                parts.push(((randn(r, &[p.weight.d_out()], DType::F32) * 0.3).unwrap() + 1.0).unwrap());
+            }
+        }
+    }
+    Tensor::cat(&parts, 0).unwrap()
+}
+
+/// A feed-forward part and its parameters.
+fn feed(seed: u64, (h, ff): (usize, usize), kind: Kind, shape: &str) -> (Arc<FeedForwardPart>, Tensor) {
+    let r = &mut rng(seed);
+    let inputs = match shape {
+        "gate and up" => vec![projection(r, ff, h, kind), projection(r, ff, h, kind)],
+        "fused" => vec![projection(r, 2 * ff, h, kind)],
+        _ => vec![projection(r, ff, h, kind)],
+    };
+    let output = projection(r, h, ff, kind);
+    let flat = parameters(r, &[&inputs, std::slice::from_ref(&output)]);
+    let weight = (randn(r, &[h], DType::F32) * 0.2).unwrap();
+    let norm = match shape {
+        "plain" => PartNorm::Layer { weight: (weight + 1.0).unwrap(), bias: randn(r, &[h], DType::F32), eps: 1e-5 },
+        _ => PartNorm::Rms { weight, eps: 1e-6, offset: 1.0 },
+    };
+    let part = FeedForwardPart {
+        norm: Some(norm),
+        inputs,
+        output,
+        activation: if shape == "plain" { Activation::GeluTanh } else { Activation::Silu },
+        gated: shape != "plain",
+        residual: true,
+    };
+    (Arc::new(part), flat)
+}
+
+/// An attention part and its parameters.
+fn attend(
+    seed: u64,
+    (heads, kv_heads, head_dim): (usize, usize, usize),
+    kind: Kind,
+    is_fused: bool,
+    t: usize,
+    spec: AttentionSpec,
+) -> (Arc<AttentionPart>, Tensor) {
+    let r = &mut rng(seed);
+    let h = heads * head_dim;
+    let kv = kv_heads * head_dim;
+    let inputs = if is_fused {
+        vec![projection(r, h + 2 * kv, h, kind)]
+    } else {
+        vec![projection(r, h, h, kind), projection(r, kv, h, PLAIN), projection(r, kv, h, kind)]
+    };
+    let output = projection(r, h, h, kind);
+    let flat = parameters(r, &[&inputs, std::slice::from_ref(&output)]);
+    let angles = randn(r, &[1, t, head_dim / 2], DType::F32);
+    let part = AttentionPart {
+        norm: Some(PartNorm::Rms { weight: (randn(r, &[h], DType::F32) * 0.2).unwrap(), eps: 1e-6, offset: 1.0 }),
+        inputs,
+        output,
+        heads,
+        kv_heads,
+        head_dim,
+        rotary: Some((angles.cos().unwrap(), angles.sin().unwrap())),
+        spec: AttentionSpec { scale: 1.0 / (head_dim as f64).sqrt(), ..spec },
+        residual: true,
+    };
+    (Arc::new(part), flat)
+}
+
+/// Fused against the reference in f64, in the value and in the gradients of x and of the parameters.
+fn agree(
+    what: &str,
+    x: &Tensor,
+    flat: &Tensor,
+    fused: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
+    plain: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
+) {
+    let (y, grads) = value_and_gradients(&|i| fused(&i[0], &i[1]), &[x.clone(), flat.clone()]);
+    let wide = [x.to_dtype(DType::F64).unwrap(), flat.to_dtype(DType::F64).unwrap()];
+    let (want, want_grads) = value_and_gradients(&|i| plain(&i[0], &i[1]), &wide);
+    // Several roundings of the storage type lie on the way.
+    let tolerance = 6.0 * rounding(x.dtype());
+    close(what, &y, &want, tolerance);
+    close(&format!("{what}, dx"), &grads[0], &want_grads[0], 2.0 * tolerance);
+    close(&format!("{what}, parameters"), &grads[1], &want_grads[1], 2.0 * tolerance);
+    assert_eq!((grads[0].dtype(), grads[1].dtype()), (x.dtype(), DType::F32), "{what}");
+}
+
+#[test]
+fn feed_forward_equals_its_reference() {
+    for shape in ["gate and up", "fused", "plain"] {
+        for (name, kind) in [("plain", PLAIN), ("lora", LORA), ("dora", DORA), ("biased", BIASED)] {
+            // Odd sizes, one token, rows on both sides of the dot products' threshold, whole tiles and rests.
+            for (b, t, h, ff) in [(2, 5, 17, 23), (1, 1, 8, 12), (1, 4, 32, 16), (3, 37, 64, 96)] {
+                let (part, flat) = feed(5, (h, ff), kind, shape);
+                for dtype in FUSED {
+                    let x = randn(&mut rng(9), &[b, t, h], dtype);
+                    agree(
+                        &format!("feed-forward {shape} {name} [{b}, {t}, {h}] {dtype:?}"),
+                        &x,
+                        &flat,
+                        |x, p| feed_forward_part(x, Some(p), &part),
+                        |x, p| reference::feed_forward_part(x, p, &part),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_equals_its_reference() {
+    let segments = |b: usize, t: usize| {
+        let ids: Vec<u32> =
+            (0..b * t).map(|i| if i % t >= t - 1 { Segments::PADDING } else { (i % t / 4) as u32 }).collect();
+        Arc::new(Segments { query: ids.clone(), key: ids, batch: b })
+    };
+    let causal = || AttentionSpec { causal: true, ..AttentionSpec::default() };
+    for (b, t, heads) in [(2, 9, (4, 2, 6)), (1, 1, (2, 1, 8)), (1, 70, (4, 4, 16)), (2, 5, (3, 1, 10))] {
+        let cases = [
+            ("causal", causal()),
+            ("both ways", AttentionSpec::default()),
+            ("window", AttentionSpec { window: Some(3), ..causal() }),
+            ("packed", AttentionSpec { segments: Some(segments(b, t)), ..causal() }),
+            ("capped", AttentionSpec { softcap: Some(2.0), ..causal() }),
+        ];
+        for (which, spec) in cases {
+            for (name, kind, is_fused) in
+                [("plain", PLAIN, false), ("lora", LORA, false), ("dora", DORA, true), ("biased", BIASED, true)]
+            {
+                let (part, flat) = attend(6, heads, kind, is_fused, t, spec.clone());
+                for dtype in FUSED {
+                    let x = randn(&mut rng(11), &[b, t, heads.0 * heads.2], dtype);
+                    agree(
+                        &format!("attention {which} {name} [{b}, {t}] {heads:?} {dtype:?}"),
+                        &x,
+                        &flat,
+                        |x, p| attention_part(x, Some(p), &part),
+                        |x, p| reference::attention_part(x, p, &part),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_references_equal_finite_differences() {
+    let (part, flat) = feed(1, (4, 5), DORA, "gate and up");
+    let x = randn(&mut rng(2), &[1, 3, 4], DType::F64);
+    finite_differences("feed-forward", &|i| reference::feed_forward_part(&i[0], &i[1], &part), &[x, flat]);
+    let spec = AttentionSpec { causal: true, ..AttentionSpec::default() };
+    let (part, flat) = attend(1, (2, 1, 2), DORA, false, 3, spec);
+    let x = randn(&mut rng(2), &[1, 3, 4], DType::F64);
+    finite_differences("attention", &|i| reference::attention_part(&i[0], &i[1], &part), &[x, flat]);
+}
+
+#[test]
+fn nodes_give_the_bits_of_the_tape() {
+    let spec = AttentionSpec { causal: true, ..AttentionSpec::default() };
+    let (attention, a) = attend(3, (4, 2, 8), LORA, false, 33, spec);
+    let (feed, f) = feed(4, (32, 48), DORA, "gate and up");
+    for dtype in FUSED {
+        let x = randn(&mut rng(5), &[2, 33, 32], dtype);
+        let g = randn(&mut rng(99), &[2, 33, 32], DType::F32).to_dtype(dtype).unwrap();
+        let on_tape = [
+            value_and_gradients(&|i| attention_part(&i[0], Some(&i[1]), &attention), &[x.clone(), a.clone()]),
+            value_and_gradients(&|i| feed_forward_part(&i[0], Some(&i[1]), &feed), &[x.clone(), f.clone()]),
+        ];
+        let nodes = [attention.node(&x, Some(&a)).unwrap(), feed.node(&x, Some(&f)).unwrap()];
+        for ((y, grads), (y_node, node)) in on_tape.iter().zip(&nodes) {
+            assert_eq!(bits(y), bits(y_node));
+            let (dx, dp) = node.backward(&g, (true, true)).unwrap();
+            assert_eq!(bits(&grads[0]), bits(&dx.unwrap()));
+            assert_eq!(bits(&grads[1]), bits(&dp.unwrap()));
+            let (dx, dp) = node.backward(&g, (false, true)).unwrap();
+            assert!(dx.is_none());
+            assert_eq!(bits(&grads[1]), bits(&dp.unwrap()));
+            assert!(node.backward(&g.narrow(1, 0, 3).unwrap(), (true, true)).is_err());
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_threads_or_on_other_rows() {
+    let spec = AttentionSpec { causal: true, ..AttentionSpec::default() };
+    let (attention, a) = attend(3, (4, 2, 16), LORA, false, 150, spec);
+    let (feed, f) = feed(4, (64, 160), LORA, "gate and up");
+    for dtype in FUSED {
+        let x = randn(&mut rng(5), &[2, 150, 64], dtype);
+        same_bits_in_any_pool("parts", || {
+            let (y, mut all) =
+                value_and_gradients(&|i| attention_part(&i[0], Some(&i[1]), &attention), &[x.clone(), a.clone()]);
+            let (z, more) =
+                value_and_gradients(&|i| feed_forward_part(&i[0], Some(&i[1]), &feed), &[x.clone(), f.clone()]);
+            all.extend(more);
+            all.extend([y, z]);
+            all
+        });
+        let whole = feed_forward_part(&attention_part(&x, Some(&a), &attention).unwrap(), Some(&f), &feed).unwrap();
+        let second = x.narrow(0, 1, 1).unwrap().contiguous().unwrap();
+        let alone =
+            feed_forward_part(&attention_part(&second, Some(&a), &attention).unwrap(), Some(&f), &feed).unwrap();
+        assert_eq!(bits(&whole.narrow(0, 1, 1).unwrap()), bits(&alone), "{dtype:?}");
+    }
+}
+
+#[test]
+fn no_rows_and_wrong_shapes() {
+    let (part, flat) = feed(1, (8, 12), LORA, "gate and up");
+    let none = randn(&mut rng(1), &[0, 3, 8], DType::F32);
+    let (y, grads) = value_and_gradients(&|i| feed_forward_part(&i[0], Some(&i[1]), &part), &[none, flat.clone()]);
+    assert_eq!(y.dims(), [0, 3, 8]);
+    assert!(flat_is_zero(&grads[1]));
+    let x = randn(&mut rng(1), &[1, 3, 8], DType::F32);
+    let short = flat.narrow(0, 0, 5).unwrap();
+    let message = feed_forward_part(&x, Some(&short), &part).unwrap_err().to_string();
+    assert!(message.contains("[5]"), "{message}");
+    let message = feed_forward_part(&x, None, &part).unwrap_err().to_string();
+    assert!(message.contains("[0]"), "{message}");
+    let spec = AttentionSpec { causal: true, ..AttentionSpec::default() };
+    let (part, flat) = attend(1, (2, 1, 4), LORA, false, 3, spec);
+    let longer = randn(&mut rng(1), &[1, 4, 8], DType::F32);
+    assert!(attention_part(&longer, Some(&flat), &part).unwrap_err().to_string().contains("cos"));
+}
+
+fn flat_is_zero(x: &Tensor) -> bool {
+    flat(x).iter().all(|v| *v == 0.0)
+}
