@@ -11,7 +11,8 @@ fn main() -> ExitCode {
     // The process clock starts before anything else, for the time to the first step.
     espalier_train::process_seconds();
     keep_freed_memory();
-    commands::run(std::env::args_os())
+    // On a thread of the pool: a parallel loop then starts where it is called, and only others must be woken for it.
+    rayon::scope(|_| commands::run(std::env::args_os()))
 }
 
 /// Tells the allocator of glibc to keep what is freed: every training step asks for the same large buffers again, and giving

@@ -107,3 +107,27 @@ fn speed() {
         });
     }
 }
+
+#[test]
+#[ignore = "prints timings; run it alone"]
+fn few_rows() {
+    let mut r = rng(2);
+    for (d_out, d_in) in [(1408, 512), (512, 1408), (512, 512), (8192, 512)] {
+        for dtype in [DType::F32, DType::BF16] {
+            let count = 160_000_000 / (d_out * d_in * dtype.size_in_bytes());
+            let one = randn(&mut r, &[d_out, d_in], dtype);
+            let all: Vec<Arc<FrozenWeight>> =
+                (0..count).map(|_| Arc::new(FrozenWeight::dense(one.copy().unwrap()).unwrap())).collect();
+            for n in [1, 4, 8, 16, 32] {
+                let x = randn(&mut r, &[n, d_in], DType::F32);
+                let ms = best(|| all.iter().for_each(|w| drop(w.forward(&x).unwrap())));
+                let bytes = count * d_out * d_in * dtype.size_in_bytes();
+                println!(
+                    "{d_out}x{d_in} {dtype:?} {n:2} rows: {:6.1} GB/s, {:6.1} GFLOP/s",
+                    bytes as f64 / ms / 1e6,
+                    2e-6 * (count * n * d_out * d_in) as f64 / ms
+                );
+            }
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! unpacked from the stored form as they are needed, so that the matrix never exists in another type as a whole.
 
 use super::FrozenWeight;
+use super::dots::dots;
 use super::gguf::Blocks;
 use super::int8::Int8;
 use super::nf4::Nf4;
@@ -12,7 +13,7 @@ use crate::parallel::{self, chunks};
 use crate::product::{
     Multiply, Right, Term, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
 };
-use crate::vector::{dot, dot_bf16, dot_i8, to_bf16};
+use crate::vector::to_bf16;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
@@ -20,7 +21,7 @@ use half::{bf16, f16};
 use std::sync::Arc;
 
 /// Up to this many input rows, dot products beat the matrix product (each weight is read once either way).
-const FEW: usize = 4;
+const FEW: usize = 12;
 
 /// x W^T or, transposed, x W.
 pub(super) struct FrozenProduct {
@@ -233,6 +234,11 @@ fn with_source<R>(weight: &FrozenWeight, f: impl FnOnce(&Source<'_>) -> R) -> Re
 }
 
 impl Source<'_> {
+    /// Whether dot products read the stored form itself.
+    fn is_direct(&self) -> bool {
+        matches!(self, Self::F32(_) | Self::Bf16(_) | Self::Int8(_))
+    }
+
     /// `dst` <- columns `start..start + dst.len()` of `row`; `start` and the end are multiples of 256 or the row's ends.
     fn load(&self, d_in: usize, row: usize, start: usize, dst: &mut [f32]) {
         let at = row * d_in + start;
@@ -248,20 +254,27 @@ impl Source<'_> {
         }
     }
 
-    /// y`[j]` <- row . x`[j]` for rows x [n, d_in]; `scratch` holds d_in entries.
-    fn dots(&self, d_in: usize, row: usize, x: &[f32], scratch: &mut [f32], y: &mut [f32]) {
-        let range = row * d_in..(row + 1) * d_in;
-        let each = x.chunks(d_in).zip(y);
+    /// y [rows, n] <- rows `first..` of the weight times x [n, d_in]^T; `scratch` holds `rows` weight rows.
+    fn dots(&self, d_in: usize, first: usize, x: &[f32], scratch: &mut [f32], y: &mut [f32]) {
+        let n = x.len() / d_in;
+        let rows = y.len() / n;
+        let range = first * d_in..(first + rows) * d_in;
         match self {
-            Self::F32(w) => each.for_each(|(x, y)| *y = dot(&w[range.clone()], x)),
-            Self::Bf16(w) => each.for_each(|(x, y)| *y = dot_bf16(w[range.clone()].reinterpret_cast(), x)),
+            Self::F32(w) => dots(&w[range], x, d_in, y),
+            Self::Bf16(w) => dots::<u16>(w[range].reinterpret_cast(), x, d_in, y),
             Self::Int8(w) => {
-                let (codes, scale) = w.row(row);
-                each.for_each(|(x, y)| *y = scale * dot_i8(codes, x));
+                let (codes, _) = w.parts();
+                dots(&codes[range], x, d_in, y);
+                for (r, y) in y.chunks_exact_mut(n).enumerate() {
+                    crate::vector::scale(w.row(first + r).1, y);
+                }
             }
             _ => {
-                self.load(d_in, row, 0, scratch);
-                each.for_each(|(x, y)| *y = dot(scratch, x));
+                let scratch = &mut scratch[..rows * d_in];
+                for (r, row) in scratch.chunks_exact_mut(d_in).enumerate() {
+                    self.load(d_in, first + r, 0, row);
+                }
+                dots(&*scratch, x, d_in, y);
             }
         }
     }
@@ -275,10 +288,8 @@ fn few(source: &Source<'_>, x: &[f32], n: usize, d_out: usize, d_in: usize) -> V
     }
     let mut by_output = vec![0f32; d_out * n];
     chunks(&mut by_output, ROWS * n, d_out * d_in / 4, |i, piece| {
-        let mut scratch = vec![0f32; d_in];
-        for (r, y) in piece.chunks_mut(n).enumerate() {
-            source.dots(d_in, i * ROWS + r, x, &mut scratch, y);
-        }
+        let mut scratch = vec![0f32; if source.is_direct() { 0 } else { ROWS * d_in }];
+        source.dots(d_in, i * ROWS, x, &mut scratch, piece);
     });
     if n == 1 {
         return by_output;
