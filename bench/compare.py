@@ -5,7 +5,7 @@ usage: compare.py WORKLOAD... [--rounds 3] [--espalier target/release/espalier] 
        compare.py --list              workloads
 
 Every round runs Espalier, then each setting of the reference, so that a slow spell of the machine hits all. A run that
-starts while the machine is busy (load of the last minute above 0.3 of a core beyond our own) is marked. The ratio that
+starts while others use the machine (more than 0.3 of a core, over half a second before it) is marked. The ratio that
 counts is against the fastest setting of the reference. Raw results go to bench/runs/WORKLOAD.json.
 """
 import argparse
@@ -44,8 +44,21 @@ WORKLOADS = {
 }
 
 
+def busy_cores():
+    """Cores in use by anything, over half a second."""
+    def ticks():
+        fields = [int(n) for n in pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return sum(fields), fields[3] + fields[4]
+
+    try:
+        (all_before, idle_before), _, (all_after, idle_after) = ticks(), time.sleep(0.5), ticks()
+    except OSError:
+        return None
+    return round(os.cpu_count() * (1 - (idle_after - idle_before) / max(1, all_after - all_before)), 2)
+
+
 def run(command):
-    load = os.getloadavg()[0]
+    busy = busy_cores()
     began = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]
@@ -53,7 +66,7 @@ def run(command):
         sys.exit(f"{' '.join(command)}\nfailed with code {done.returncode}:\n{done.stderr[-2000:]}")
     found = json.loads(lines[-1])
     found = found[0] if isinstance(found, list) else found
-    return {**found, "load_before": round(load, 2), "wall_s": round(time.time() - began, 2)}
+    return {**found, "busy_cores_before": busy, "wall_s": round(time.time() - began, 2)}
 
 
 def processor():
@@ -76,13 +89,10 @@ def measure(workload, options):
     for name, extra in settings.items():
         sides[f"PEFT, {name}"] = [options.python, script, *flags.split(), *extra.split()]
     results = {name: [] for name in sides}
-    idle = None
     for i in range(options.rounds):
         for name, command in sides.items():
             found = run(command)
-            # Our own last run is in the load; what was there before the first is not ours.
-            idle = found["load_before"] if idle is None else idle
-            found["loaded_machine"] = idle > 0.3
+            found["loaded_machine"] = (found["busy_cores_before"] or 0) > 0.3
             results[name].append(found)
             print(f"{workload} {i + 1}/{options.rounds} {name}: {rate(found):.0f} tokens/s", file=sys.stderr)
     RUNS.mkdir(exist_ok=True)

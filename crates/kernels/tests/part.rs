@@ -273,3 +273,16 @@ fn no_rows_and_wrong_shapes() {
 fn flat_is_zero(x: &Tensor) -> bool {
     flat(x).iter().all(|v| *v == 0.0)
 }
+
+#[test]
+fn every_instruction_set_passes_these_tests() {
+    // The choice is made once a process, so each set has a process of its own.
+    if std::env::var_os("ESPALIER_SIMD").is_some() {
+        return;
+    }
+    for level in ["avx512", "avx2", "baseline"] {
+        let run =
+            std::process::Command::new(std::env::current_exe().unwrap()).env("ESPALIER_SIMD", level).output().unwrap();
+        assert!(run.status.success(), "{level}:\n{}", String::from_utf8_lossy(&run.stdout));
+    }
+}

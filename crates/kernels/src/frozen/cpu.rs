@@ -4,14 +4,13 @@
 //! unpacked from the stored form as they are needed, so that the matrix never exists in another type as a whole.
 
 use super::FrozenWeight;
-use super::dots::dots;
 use super::gguf::Blocks;
 use super::int8::Int8;
 use super::nf4::Nf4;
 use crate::element::{Element, by_dtype, cpu_slice, slice};
 use crate::parallel::{self, chunks};
 use crate::product::{
-    Multiply, Right, Term, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
+    FEW, Multiply, Right, Term, dots, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
 };
 use crate::vector::to_bf16;
 use candle_core::backend::BackendStorage;
@@ -19,9 +18,6 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, W
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::sync::Arc;
-
-/// Up to this many input rows, dot products beat the matrix product (each weight is read once either way).
-const FEW: usize = 12;
 
 /// x W^T or, transposed, x W.
 pub(super) struct FrozenProduct {

@@ -7,7 +7,6 @@
 //! Cost:     2 n d_in d_out FLOPs; stored weights are widened block by block, never as a whole matrix
 
 mod cpu;
-mod dots;
 mod gguf;
 mod int8;
 mod nf4;

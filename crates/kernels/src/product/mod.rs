@@ -9,19 +9,25 @@
 //! An output is one chain of multiply-adds over its terms in order, whatever the tile it falls into: bits depend neither
 //! on the number of threads nor on the other rows.
 
+mod dots;
 mod micro;
 mod outer;
 mod right;
 
 use crate::element::Element;
 use crate::parallel;
+pub(crate) use dots::dots;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 pub(crate) use micro::width as panel_width;
 use micro::{Part, Place};
 pub(crate) use outer::outer;
 pub(crate) use right::{Right, Slice, scatter, scatter_pairs, transpose, transpose_pairs};
+use std::borrow::Cow;
 use std::cell::RefCell;
+
+/// Up to this many rows, dot products beat panels (each weight is read once either way).
+pub(crate) const FEW: usize = 12;
 
 /// Rows of a left operand.
 #[derive(Clone, Copy)]
@@ -32,7 +38,14 @@ pub(crate) enum Rows<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    fn widened(self) -> Cow<'a, [f32]> {
+        match self {
+            Self::F32(rows) => Cow::Borrowed(rows),
+            Self::Bf16(rows) => bf16::widened(rows),
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::F32(rows) => rows.len(),
@@ -41,7 +54,7 @@ impl Rows<'_> {
     }
 }
 
-/// What is done to the sum, in order.
+/// What is done to the sum, in order; products come first.
 #[derive(Clone, Copy)]
 pub(crate) enum Term<'a> {
     /// Adds rows [m, k], `stride` entries apart, times a right operand [k, n].
@@ -130,6 +143,13 @@ pub(crate) trait Multiply: Element {
 /// The columns of `out` [m, stride] from `column` on, n of them, <- sum of `terms`.
 pub(crate) fn multiply_into(m: usize, n: usize, terms: &[Term<'_>], out: &mut [f32], stride: usize, column: usize) {
     assert!(column + n <= stride && out.len() == m * stride, "product: place for [{m}, {n}]");
+    terms.iter().for_each(|term| term.check(m, n));
+    if let Some(values) = few(m, n, terms) {
+        for (row, values) in out.chunks_exact_mut(stride).zip(values.chunks_exact(n)) {
+            row[column..column + n].copy_from_slice(values);
+        }
+        return;
+    }
     let place = Place::F32 { out: out.as_mut_ptr().wrapping_add(column), stride };
     // SAFETY: asserted above; `out` is borrowed mutably.
     unsafe { multiply(m, n, terms, place) }
@@ -143,6 +163,10 @@ impl Multiply for f32 {
         Rows::F32(src)
     }
     fn multiply(m: usize, n: usize, terms: &[Term<'_>]) -> Vec<Self> {
+        terms.iter().for_each(|term| term.check(m, n));
+        if let Some(out) = few(m, n, terms) {
+            return out;
+        }
         let mut out = crate::element::room(m * n);
         // SAFETY: `multiply` writes all m x n entries.
         unsafe {
@@ -197,6 +221,46 @@ thread_local! {
     static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// The sum of `terms` for few rows by dot products, where the right operands lie in rows.
+fn few(m: usize, n: usize, terms: &[Term<'_>]) -> Option<Vec<f32>> {
+    // Beyond that, the sums' ends cost more than panels do: these operands are thin.
+    if m > 4 {
+        return None;
+    }
+    if m == 0 {
+        return Some(Vec::new());
+    }
+    let direct = |t: &Term<'_>| match t {
+        Term::Product { right, .. } => right.as_rows().is_some() && right.k() > 0,
+        Term::Shift(_) | Term::Add(_) => true,
+    };
+    if !terms.iter().all(direct) {
+        return None;
+    }
+    let mut out = vec![0f32; m * n];
+    let add = |out: &mut [f32], rows: Rows<'_>| match rows {
+        Rows::F32(rows) => crate::vector::axpy(1.0, rows, out),
+        Rows::Bf16(rows) => crate::vector::axpy(1.0, &bf16::widened(rows), out),
+    };
+    for term in terms {
+        match *term {
+            Term::Product { rows, stride, right } => {
+                let (w, scale) = right.as_rows()?;
+                let (k, wide) = (right.k(), rows.widened());
+                let x: Vec<f32> = (0..m).flat_map(|i| &wide[i * stride..][..k]).copied().collect();
+                let mut by_output = vec![0f32; n * m];
+                dots(w, &x, k, &mut by_output);
+                for (j, values) in by_output.chunks_exact(m).enumerate() {
+                    values.iter().enumerate().for_each(|(i, v)| out[i * n + j] += scale * v);
+                }
+            }
+            Term::Shift(values) => out.chunks_exact_mut(n).for_each(|row| add(row, Rows::F32(values))),
+            Term::Add(rows) => add(&mut out, rows),
+        }
+    }
+    Some(out)
+}
+
 /// A place that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
 struct Shared(Place);
@@ -221,6 +285,8 @@ impl Shared {
 /// `place` has room for m x n entries that nobody else uses meanwhile.
 unsafe fn multiply(m: usize, n: usize, terms: &[Term<'_>], place: Place) {
     terms.iter().for_each(|term| term.check(m, n));
+    let sums = terms.iter().position(|t| !matches!(t, Term::Product { .. })).unwrap_or(terms.len());
+    assert!(!terms[sums..].iter().any(|t| matches!(t, Term::Product { .. })), "product: products come first");
     if m == 0 || n == 0 {
         return;
     }

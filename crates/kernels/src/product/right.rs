@@ -16,6 +16,10 @@ pub(crate) trait Right: Sync {
     fn strip(&self) -> usize {
         0
     }
+    /// The transpose [n, k] as it lies in memory and a factor on it, where it does.
+    fn as_rows(&self) -> Option<(&[f32], f32)> {
+        None
+    }
     /// Packs columns as f32.
     fn pack(&self, first: usize, columns: usize, dst: &mut [f32]);
     /// Packs columns as pairs of bf16.
@@ -214,6 +218,10 @@ impl Right for Slice<'_> {
 
     fn n(&self) -> usize {
         self.n
+    }
+
+    fn as_rows(&self) -> Option<(&[f32], f32)> {
+        self.transposed.then_some((self.data, self.scale))
     }
 
     fn pack(&self, first: usize, columns: usize, mut dst: &mut [f32]) {

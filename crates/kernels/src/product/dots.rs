@@ -6,7 +6,7 @@
 use crate::vector::{dot, dot_bf16, dot_i8};
 
 /// A stored form that dot products read as it is.
-pub(super) trait Stored: Copy {
+pub(crate) trait Stored: Copy {
     /// One row with one input row.
     fn dot(w: &[Self], x: &[f32]) -> f32;
     /// 16 entries from `at` on, those beyond `count` as zero.
@@ -18,7 +18,7 @@ pub(super) trait Stored: Copy {
 }
 
 /// y [rows, n] <- w [rows, k] x [n, k]^T.
-pub(super) fn dots<T: Stored>(w: &[T], x: &[f32], k: usize, y: &mut [f32]) {
+pub(crate) fn dots<T: Stored>(w: &[T], x: &[f32], k: usize, y: &mut [f32]) {
     let (rows, n) = (w.len() / k, x.len() / k);
     assert!(w.len() == rows * k && x.len() == n * k && y.len() == rows * n, "dots: sizes");
     #[cfg(target_arch = "x86_64")]
