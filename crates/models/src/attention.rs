@@ -95,6 +95,9 @@ impl Attention {
         context: &Context,
         flow: &Flow,
     ) -> Result<Option<(Arc<AttentionPart>, Option<Tensor>)>> {
+        if !part::is_fused(x, None) {
+            return Ok(None);
+        }
         let norm = match norm.map(Norm::frozen_part) {
             Some(None) => return Ok(None),
             Some(part) => part,

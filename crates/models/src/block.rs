@@ -65,6 +65,9 @@ impl Mlp {
         residual: bool,
         flow: &Flow,
     ) -> Result<Option<(Arc<FeedForwardPart>, Option<Tensor>)>> {
+        if !part::is_fused(x, None) {
+            return Ok(None);
+        }
         let norm = match norm.map(Norm::frozen_part) {
             Some(None) => return Ok(None),
             Some(part) => part,

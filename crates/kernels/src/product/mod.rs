@@ -13,6 +13,7 @@ mod dots;
 mod micro;
 mod outer;
 mod right;
+mod term;
 
 use crate::element::Element;
 use crate::parallel;
@@ -23,112 +24,18 @@ pub(crate) use micro::width as panel_width;
 use micro::{Part, Place};
 pub(crate) use outer::outer;
 pub(crate) use right::{Right, Slice, scatter, scatter_pairs, transpose, transpose_pairs};
-use std::borrow::Cow;
 use std::cell::RefCell;
+use term::pairs_mut;
+pub(crate) use term::{Rows, Term};
 
 /// Up to this many rows, dot products beat panels (each weight is read once either way).
 pub(crate) const FEW: usize = 12;
 
-/// Rows of a left operand.
-#[derive(Clone, Copy)]
-pub(crate) enum Rows<'a> {
-    /// f32.
-    F32(&'a [f32]),
-    /// bf16, multiplied in pairs and added in f32.
-    Bf16(&'a [bf16]),
-}
+/// Panels that a task packs, where there are many.
+const PANELS_A_TASK: usize = 4;
 
-impl<'a> Rows<'a> {
-    fn widened(self) -> Cow<'a, [f32]> {
-        match self {
-            Self::F32(rows) => Cow::Borrowed(rows),
-            Self::Bf16(rows) => bf16::widened(rows),
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            Self::F32(rows) => rows.len(),
-            Self::Bf16(rows) => rows.len(),
-        }
-    }
-}
-
-/// What is done to the sum, in order; products come first.
-#[derive(Clone, Copy)]
-pub(crate) enum Term<'a> {
-    /// Adds rows [m, k], `stride` entries apart, times a right operand [k, n].
-    Product {
-        /// The left operand.
-        rows: Rows<'a>,
-        /// Entries from row to row.
-        stride: usize,
-        /// The right operand.
-        right: &'a dyn Right,
-    },
-    /// Adds to each column its value.
-    Shift(&'a [f32]),
-    /// Adds rows [m, n].
-    Add(Rows<'a>),
-}
-
-impl<'a> Term<'a> {
-    /// Contiguous `rows` [m, k] times `right` [k, n].
-    pub(crate) fn new(rows: Rows<'a>, right: &'a dyn Right) -> Self {
-        Self::Product { rows, stride: right.k(), right }
-    }
-
-    /// The same with rows `stride` entries apart.
-    pub(crate) fn strided(rows: &'a [f32], stride: usize, right: &'a dyn Right) -> Self {
-        Self::Product { rows: Rows::F32(rows), stride, right }
-    }
-
-    fn k(&self) -> usize {
-        match self {
-            Self::Product { right, .. } => right.k(),
-            _ => 0,
-        }
-    }
-
-    /// Entries of a panel of `width` columns, as f32.
-    fn panel(&self, width: usize) -> usize {
-        match self {
-            Self::Product { rows: Rows::F32(_), right, .. } => right.k() * width,
-            Self::Product { rows: Rows::Bf16(_), right, .. } => right.k().div_ceil(2) * width,
-            _ => 0,
-        }
-    }
-
-    fn check(&self, m: usize, n: usize) {
-        match self {
-            Self::Product { rows, stride, right } => {
-                assert_eq!(right.n(), n, "product: right operands of different widths");
-                let needed = if m == 0 { 0 } else { (m - 1) * stride + right.k() };
-                assert!(rows.len() >= needed, "product: left operand of {m} rows of {}", right.k());
-            }
-            Self::Shift(values) => assert_eq!(values.len(), n, "product: values for {n} columns"),
-            Self::Add(rows) => assert_eq!(rows.len(), m * n, "product: rows to add [{m}, {n}]"),
-        }
-    }
-
-    /// The part for a tile that starts at row `tile` and column `column`.
-    fn part(&self, tile: usize, column: usize, n: usize, panel: &[f32]) -> Part {
-        match *self {
-            Self::Product { rows: Rows::F32(left), stride, right } => {
-                Part::F32 { left: left[tile * stride..].as_ptr(), stride, k: right.k(), panel: panel.as_ptr() }
-            }
-            Self::Product { rows: Rows::Bf16(left), stride, right } => Part::Bf16 {
-                left: left[tile * stride..].as_ptr().cast(),
-                stride,
-                k: right.k(),
-                panel: panel.as_ptr().cast(),
-            },
-            Self::Shift(values) => Part::Shift(values[column..].as_ptr()),
-            Self::Add(Rows::F32(rows)) => Part::AddF32 { rows: rows[tile * n + column..].as_ptr(), stride: n },
-            Self::Add(Rows::Bf16(rows)) => Part::AddBf16 { rows: rows[tile * n + column..].as_ptr().cast(), stride: n },
-        }
-    }
-}
+/// Bytes of left operands that stay in the second-level cache while a task's panels pass over them.
+const BLOCK_BYTES: usize = 256 << 10;
 
 /// Element types that a product can read and write.
 pub(crate) trait Multiply: Element {
@@ -292,10 +199,11 @@ unsafe fn multiply(m: usize, n: usize, terms: &[Term<'_>], place: Place) {
     }
     let place = Shared(place);
     let width = micro::width();
-    let strip = terms
-        .iter()
-        .map(|t| if let Term::Product { right, .. } = t { right.strip() } else { 0 })
-        .fold(width, usize::max);
+    let own = terms.iter().map(|t| if let Term::Product { right, .. } = t { right.strip() } else { 0 });
+    // Several panels a task, so that the rows of a block are read once for all of them, if that leaves enough tasks.
+    let several =
+        if n >= 2 * PANELS_A_TASK * width * rayon::current_num_threads() { PANELS_A_TASK * width } else { width };
+    let strip = own.fold(several, usize::max);
     let (strips, work) = (n.div_ceil(strip), m * n * terms.iter().map(Term::k).sum::<usize>() / 16);
     // Rows are cut too where there are too few strips for the threads; each cut packs its panels again.
     let wanted = if parallel::worth(work) { (3 * rayon::current_num_threads()).div_ceil(strips) } else { 1 };
@@ -352,28 +260,29 @@ unsafe fn fill(
         packed.push(own);
     }
     let height = micro::height();
+    let bytes: usize = terms.iter().map(Term::bytes_a_row).sum();
+    let block = (BLOCK_BYTES / bytes.max(1) / height * height).max(height);
     let mut parts: Vec<Part> = Vec::with_capacity(terms.len());
-    for tile in (top..top + rows).step_by(height) {
-        let tall = height.min(top + rows - tile);
+    let mut copies: Vec<Vec<f32>> = terms.iter().map(|t| vec![0.0; t.copy_len(block.min(rows))]).collect();
+    for start in (top..top + rows).step_by(block) {
+        let end = (start + block).min(top + rows);
+        let copied = terms.iter().zip(&mut copies).filter(|(t, _)| t.collides());
+        copied.for_each(|(term, copy)| term.copy(start, end, copy));
         let mut offsets = vec![0usize; terms.len()];
         for (at, width) in panels_of(columns) {
-            parts.clear();
-            for ((term, panel), offset) in terms.iter().zip(&packed).zip(&mut offsets) {
-                let panel = &panel[*offset..];
-                *offset += term.panel(width);
-                parts.push(term.part(tile, first + at, n, panel));
+            let here = micro::width().min(columns - at);
+            for tile in (start..end).step_by(height) {
+                parts.clear();
+                for (((term, panel), offset), copy) in terms.iter().zip(&packed).zip(&offsets).zip(&copies) {
+                    parts.push(term.part((tile, start), (first + at, n), &panel[*offset..], copy));
+                }
+                // SAFETY: operands were checked in `multiply`, panels are as long as their terms say, the place is the
+                // task's.
+                unsafe { micro::tile(&parts, place.at(tile, first + at), height.min(end - tile), here) };
             }
-            let columns = micro::width().min(columns - at);
-            // SAFETY: operands were checked in `multiply`, panels are as long as their terms say, the place is the task's.
-            unsafe { micro::tile(&parts, place.at(tile, first + at), tall, columns) };
+            terms.iter().zip(&mut offsets).for_each(|(term, offset)| *offset += term.panel(width));
         }
     }
-}
-
-/// The same memory as bf16 bits.
-fn pairs_mut(panel: &mut [f32]) -> &mut [u16] {
-    // SAFETY: any bits are valid u16; f32 is aligned for it; twice as many entries of half the size.
-    unsafe { std::slice::from_raw_parts_mut(panel.as_mut_ptr().cast(), panel.len() * 2) }
 }
 
 /// `values` rounded to bf16 bits.
