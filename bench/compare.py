@@ -120,7 +120,8 @@ def table(record):
         rows.append(f"| {name}{mark} | {medians[name]:.0f} ({min(rates):.0f} to {max(rates):.0f}) | {medians[name] / best:.2f} | "
                     f"{peak or ''} | {f'{first:.1f}' if first else ''} | {f'{share:.0%}' if share else ''} |")
     command = f"python bench/compare.py {record['workload']}"
-    return f"**{record['workload']}** (`{record['flags']}`), {record['machine']}, {record['date']}: `{command}`\n\n" + "\n".join(rows)
+    torch = next((r["torch"] for runs in record["sides"].values() for r in runs if "torch" in r), "?")
+    return f"**{record['workload']}** (`{record['flags']}`), {record['machine']}, torch {torch}, {record['date']}: `{command}`\n\n" + "\n".join(rows)
 
 
 def render():
