@@ -85,11 +85,6 @@ impl Element for f16 {
     }
 }
 
-/// An empty vector with room for `len` entries, whose memory is not touched yet.
-pub(crate) fn room<T>(len: usize) -> Vec<T> {
-    Vec::with_capacity(len)
-}
-
 /// `len` zeros.
 pub(crate) fn zeros<T: WithDType>(len: usize) -> Vec<T> {
     vec![T::from_f64(0.0); len]

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_adapters::module::{Linear, Norm, flat_parameters, projections};
+use espalier_adapters::module::{Linear, Norm};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::attention::attention;
-use espalier_kernels::part::{self, AttentionPart};
+use espalier_kernels::part::AttentionPart;
 use espalier_kernels::rope::rope;
 
 use crate::Result;
@@ -14,6 +14,7 @@ use crate::builder::Builder;
 use crate::cache::LayerCache;
 use crate::config::{ModelConfig, Projections};
 use crate::context::Context;
+use crate::fused::Fused;
 
 /// The projections of one block's attention.
 #[derive(Debug)]
@@ -95,28 +96,14 @@ impl Attention {
         context: &Context,
         flow: &Flow,
     ) -> Result<Option<(Arc<AttentionPart>, Option<Tensor>)>> {
-        if !part::is_fused(x, None) {
-            return Ok(None);
-        }
-        let norm = match norm.map(Norm::frozen_part) {
-            Some(None) => return Ok(None),
-            Some(part) => part,
-            None => None,
-        };
         if self.q_norm.is_some() || self.k_norm.is_some() {
             return Ok(None);
         }
-        let (Some(inputs), Some(output)) = (projections(&self.qkv, flow)?, self.o.projection(flow)?) else {
-            return Ok(None);
-        };
-        let parameters = flat_parameters(&[&inputs, std::slice::from_ref(&output)])?;
-        if !part::is_fused(x, parameters.as_ref()) {
-            return Ok(None);
-        }
+        let Some(fused) = Fused::of(x, norm, &self.qkv, &self.o, flow)? else { return Ok(None) };
         let part = AttentionPart {
-            norm,
-            inputs: inputs.into_iter().map(|p| p.projection).collect(),
-            output: output.projection,
+            norm: fused.norm,
+            inputs: fused.inputs,
+            output: fused.output,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
@@ -124,7 +111,7 @@ impl Attention {
             spec: context.attention(self.layer).clone(),
             residual,
         };
-        Ok(Some((Arc::new(part), parameters)))
+        Ok(Some((Arc::new(part), fused.parameters)))
     }
 
     pub(crate) fn walk(

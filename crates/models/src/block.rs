@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_adapters::module::{Linear, Norm, flat_parameters, projections};
+use espalier_adapters::module::{Linear, Norm};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::activation::{Activation, activate, gated};
-use espalier_kernels::part::{self, FeedForwardPart, Node, attention_part, feed_forward_part};
+use espalier_kernels::part::{FeedForwardPart, Node, attention_part, feed_forward_part};
 
 use crate::Result;
 use crate::attention::Attention;
@@ -14,6 +14,7 @@ use crate::builder::Builder;
 use crate::cache::LayerCache;
 use crate::config::{NormPlacement, Projections};
 use crate::context::Context;
+use crate::fused::Fused;
 
 /// The feed-forward part: down(act(gate x) * up x), or down(act(up x)).
 #[derive(Debug)]
@@ -53,9 +54,7 @@ impl Mlp {
         };
         Ok(self.down.forward(&inner, flow)?)
     }
-}
 
-impl Mlp {
     /// The whole as one operation and its flat parameters, norm before and residual sum after included; None where something
     /// in it has no such form.
     fn part(
@@ -65,30 +64,16 @@ impl Mlp {
         residual: bool,
         flow: &Flow,
     ) -> Result<Option<(Arc<FeedForwardPart>, Option<Tensor>)>> {
-        if !part::is_fused(x, None) {
-            return Ok(None);
-        }
-        let norm = match norm.map(Norm::frozen_part) {
-            Some(None) => return Ok(None),
-            Some(part) => part,
-            None => None,
-        };
-        let (Some(inputs), Some(output)) = (projections(&self.gate_up, flow)?, self.down.projection(flow)?) else {
-            return Ok(None);
-        };
-        let parameters = flat_parameters(&[&inputs, std::slice::from_ref(&output)])?;
-        if !part::is_fused(x, parameters.as_ref()) {
-            return Ok(None);
-        }
+        let Some(fused) = Fused::of(x, norm, &self.gate_up, &self.down, flow)? else { return Ok(None) };
         let part = FeedForwardPart {
-            norm,
-            inputs: inputs.into_iter().map(|p| p.projection).collect(),
-            output: output.projection,
+            norm: fused.norm,
+            inputs: fused.inputs,
+            output: fused.output,
             activation: self.activation,
             gated: self.gated,
             residual,
         };
-        Ok(Some((Arc::new(part), parameters)))
+        Ok(Some((Arc::new(part), fused.parameters)))
     }
 }
 

@@ -12,6 +12,7 @@ pub mod config;
 pub mod context;
 pub mod error;
 pub mod export;
+mod fused;
 mod head;
 #[cfg(feature = "hub")]
 pub mod hub;

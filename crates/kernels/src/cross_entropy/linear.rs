@@ -7,7 +7,7 @@ use crate::element::{Element, by_dtype, cpu_slice, slice, tensor_like, zeros};
 use crate::frozen::{FrozenWeight, with_operand};
 use crate::parallel::chunks;
 use crate::product::{Multiply, Term, multiply_into};
-use crate::vector::{exp_into, max, scale, sum_exp};
+use crate::vector::{exp_in_place, max, scale, sum_exp};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::any::Any;
@@ -41,9 +41,7 @@ impl LinearCrossEntropy {
             let label = *label as usize;
             *loss = log_sum - z[label];
             if self.wants_gradient {
-                // In place: every score is read before its entry is written.
-                let scores = z.to_vec();
-                exp_into(&scores, log_sum, 1.0, z);
+                exp_in_place(z, log_sum);
                 z[label] -= 1.0;
             }
         });

@@ -10,7 +10,7 @@ use super::nf4::Nf4;
 use crate::element::{Element, by_dtype, cpu_slice, slice};
 use crate::parallel::{self, chunks};
 use crate::product::{
-    FEW, Multiply, Right, Term, dots, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
+    FEW, Multiply, Right, Rows, Term, dots, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
 };
 use crate::vector::to_bf16;
 use candle_core::backend::BackendStorage;
@@ -34,7 +34,12 @@ impl CustomOp1 for FrozenProduct {
         let n = layout.shape().dims2()?.0;
         let (d_out, d_in) = self.weight.dims();
         let out = by_dtype!(x.dtype(), self.name(), T => {
-            let y = multiply::<T>(&self.weight, slice::<T>(x, layout)?, n, self.transposed, &[])?;
+            let mut wide = Vec::new();
+            let rows = T::rows(slice(x, layout)?, &mut wide);
+            let y = match self.transposed {
+                true => with_operand(&self.weight, true, |w| T::multiply(n, d_in, &[Term::new(rows, w)]))?,
+                false => multiply::<T>(&self.weight, rows, n, &[])?,
+            };
             <T as WithDType>::to_cpu_storage_owned(y)
         });
         Ok((out, Shape::from((n, if self.transposed { d_in } else { d_out }))))
@@ -46,28 +51,25 @@ impl CustomOp1 for FrozenProduct {
     }
 }
 
-/// x W^T for rows x [n, d_in], or x W for rows x [n, d_out] if `transposed`, and the terms of `beside` added to it.
+/// x W^T for rows x [n, d_in], and the terms of `beside` added to it.
 pub(crate) fn multiply<T: Multiply>(
     weight: &FrozenWeight,
-    x: &[T],
+    x: Rows<'_>,
     n: usize,
-    transposed: bool,
     beside: &[Term<'_>],
 ) -> Result<Vec<T>> {
     let (d_out, d_in) = weight.dims();
     with_source(weight, |source| {
-        if n <= FEW && !transposed {
-            let mut y = few(source, &T::widened(x), n, d_out, d_in);
+        if n <= FEW {
+            let mut y = few(source, &x.widened(), n, d_out, d_in);
             if !beside.is_empty() {
                 crate::vector::axpy(1.0, &f32::multiply(n, d_out, beside), &mut y);
             }
             return T::narrowed(y);
         }
-        let operand = Operand { source, d_out, d_in, transposed };
-        let mut wide = Vec::new();
-        let mut terms = vec![Term::new(T::rows(x, &mut wide), &operand)];
-        terms.extend(beside.iter().copied());
-        T::multiply(n, if transposed { d_in } else { d_out }, &terms)
+        let operand = Operand { source, d_out, d_in, transposed: false };
+        let terms: Vec<Term<'_>> = [Term::new(x, &operand)].into_iter().chain(beside.iter().copied()).collect();
+        T::multiply(n, d_out, &terms)
     })
 }
 

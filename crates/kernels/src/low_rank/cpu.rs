@@ -1,12 +1,11 @@
 //! The fused product on the CPU: the low-rank part is a second term of the frozen product's sum, forward and backward; dA and
 //! dB come from the kept A x, and a gradient of the frozen weight never exists.
 
-use crate::element::{Element, by_dtype, cpu_slice, slice, tensor_like};
-use crate::frozen::{FrozenWeight, multiply_frozen};
-use crate::matmul::{Matrix, Target, product};
-use crate::product::{Multiply, Rows, Slice, Term};
+use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
+use crate::frozen::{FrozenWeight, multiply_frozen, with_operand};
+use crate::product::{Multiply, Rows, Slice, Term, outer, outer_transposed};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType, bail};
 use std::sync::{Arc, OnceLock};
 
 /// W x + s B (A x) for rows of x.
@@ -21,22 +20,6 @@ impl LowRankLinear {
     pub(super) fn new(weight: Arc<FrozenWeight>, scale: f32) -> Self {
         Self { weight, scale, inner: OnceLock::new() }
     }
-}
-
-/// out [m, n] <- beta * a b, on all threads.
-fn fresh((m, n, k): (usize, usize, usize), a: Matrix<'_>, b: Matrix<'_>, beta: f32) -> Vec<f32> {
-    let mut out = vec![0f32; m * n];
-    let target = Target::new(&mut out, n);
-    // SAFETY: `out` is ours alone.
-    unsafe { product((m, n, k), target, false, a, b, beta, true) };
-    out
-}
-
-/// Runs `f` on the values of a CPU tensor, widened to f32.
-fn with_values<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let (storage, layout) = t.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("low-rank: a tensor is not on the CPU") };
-    by_dtype!(storage.dtype(), "low-rank", T => f(&T::widened(slice::<T>(storage, layout)?)))
 }
 
 impl CustomOp3 for LowRankLinear {
@@ -59,10 +42,11 @@ impl CustomOp3 for LowRankLinear {
         let out = by_dtype!(x.dtype(), self.name(), T => {
             let x = slice::<T>(x, x_layout)?;
             let mut wide = Vec::new();
+            let rows = T::rows(x, &mut wide);
             let a = Slice::transposed(a, d_in, rank, self.scale);
-            let inner = f32::multiply(n, rank, &[Term::new(T::rows(x, &mut wide), &a)]);
+            let inner = f32::multiply(n, rank, &[Term::new(rows, &a)]);
             let b = Slice::transposed(b, rank, d_out, 1.0);
-            let y = multiply_frozen::<T>(&self.weight, x, n, false, &[Term::new(Rows::F32(&inner), &b)])?;
+            let y = multiply_frozen::<T>(&self.weight, rows, n, &[Term::new(Rows::F32(&inner), &b)])?;
             self.inner.get_or_init(|| inner);
             <T as WithDType>::to_cpu_storage_owned(y)
         });
@@ -80,41 +64,36 @@ impl CustomOp3 for LowRankLinear {
         let (n, d_in) = x.dims2()?;
         let (d_out, rank) = b.dims2()?;
         let Some(inner) = self.inner.get() else { bail!("low-rank: backward before forward") };
-        let (g, b_tracked) = (g.contiguous()?, b.track_op());
-        let tensor = |values: Vec<f32>, shape: (usize, usize)| Tensor::from_vec(values, shape, &Device::Cpu);
-        with_values(b, |b| {
-            by_dtype!(g.dtype(), self.name(), T => {
-                let (storage, layout) = g.storage_and_layout();
-                let g = cpu_slice::<T>(&storage, layout)?;
-                let mut wide = Vec::new();
-                let right = Slice::new(b, d_out, rank, self.scale);
-                let d_inner = f32::multiply(n, rank, &[Term::new(T::rows(g, &mut wide), &right)]);
-                let g32 = T::widened(g);
-                let gm = Matrix::rows(&g32, d_out);
-                let dm = Matrix::rows(&d_inner, rank);
-                let db = match b_tracked {
-                    true => Some(tensor(fresh((d_out, rank, n), gm.t(), Matrix::rows(inner, rank), 1.0), (d_out, rank))?),
-                    false => None,
-                };
-                let da = match a.track_op() {
-                    true => {
-                        let da = with_values(x, |x| Ok(fresh((rank, d_in, n), dm.t(), Matrix::rows(x, d_in), 1.0)))?;
-                        Some(tensor(da, (rank, d_in))?)
-                    }
-                    false => None,
-                };
-                let dx = match x.track_op() {
-                    true => {
-                        let dx = with_values(a, |a| {
-                            let a = Slice::new(a, rank, d_in, 1.0);
-                            multiply_frozen::<T>(&self.weight, g, n, true, &[Term::new(Rows::F32(&d_inner), &a)])
-                        })?;
-                        Some(tensor_like(dx, x)?)
-                    }
-                    false => None,
-                };
-                Ok((dx, da, db))
-            })
+        let g = g.contiguous()?;
+        let ((sx, lx), (sa, la)) = (x.storage_and_layout(), a.storage_and_layout());
+        let ((sb, lb), (sg, lg)) = (b.storage_and_layout(), g.storage_and_layout());
+        let (a_rows, b_rows) = (cpu_slice::<f32>(&sa, la)?, cpu_slice::<f32>(&sb, lb)?);
+        by_dtype!(x.dtype(), self.name(), T => {
+            let (x_rows, g_rows) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
+            let mut wide = Vec::new();
+            let rows = T::rows(g_rows, &mut wide);
+            let right = Slice::new(b_rows, d_out, rank, self.scale);
+            let d_inner = f32::multiply(n, rank, &[Term::new(rows, &right)]);
+            let db = b.track_op().then(|| {
+                let mut db = vec![0f32; d_out * rank];
+                outer_transposed((n, rank, d_out), inner, rank, g_rows, &mut db);
+                tensor_like(db, b)
+            });
+            let da = a.track_op().then(|| {
+                let mut da = vec![0f32; rank * d_in];
+                outer((n, rank, d_in), &d_inner, rank, x_rows, &mut da);
+                tensor_like(da, a)
+            });
+            let dx = match x.track_op() {
+                true => {
+                    let right = Slice::new(a_rows, rank, d_in, 1.0);
+                    let beside = Term::new(Rows::F32(&d_inner), &right);
+                    let dx = with_operand(&self.weight, true, |w| T::multiply(n, d_in, &[Term::new(rows, w), beside]))?;
+                    Some(tensor_like(dx, x)?)
+                }
+                false => None,
+            };
+            Ok((dx, da.transpose()?, db.transpose()?))
         })
     }
 }

@@ -1,15 +1,17 @@
 //! The feed-forward part.
+//!
+//! Equation: y = x + D(act(G n) * (U n)), or y = x + D(act(U n)), n = norm(x)
+//! Shapes:   x and y [b, t, h]; kept: the outputs of G and U [b * t, f]
+//! Source:   as `crate::activation`, in reverse mode; the norm and the activation are computed again on the way back
 
-use super::group::{Group, Kept};
-use super::{Differentiable, Node, PartNorm, Projection, check, is_fused, join, no_parameters, reference, split};
+use super::group::{Group, Kept, groups};
+use super::node::{Back, Node, Part, apply, node};
+use super::{PartNorm, Projection, finish, join, normed, reference, split};
 use crate::activation::Activation;
 use crate::activation::cpu::{activated, activated_gradient, gated_forward, gated_gradients};
-use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
 use crate::product::Multiply;
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
-use std::any::Any;
-use std::sync::{Arc, OnceLock};
+use candle_core::{Result, Tensor, bail};
+use std::sync::Arc;
 
 /// What a feed-forward part is.
 #[derive(Debug, Clone)]
@@ -28,13 +30,23 @@ pub struct FeedForwardPart {
     pub residual: bool,
 }
 
+/// The part's result for x [b, t, h]; `parameters` holds A of gate and up, then their B and gains, then A, B and gain of the
+/// projection back. Gradients for x and the parameters.
+pub fn feed_forward_part(x: &Tensor, parameters: Option<&Tensor>, part: &Arc<FeedForwardPart>) -> Result<Tensor> {
+    apply(part, x, parameters)
+}
+
 impl FeedForwardPart {
-    fn check(&self, x: &Tensor, parameters: &Tensor) -> Result<()> {
-        check("feed-forward", x, parameters, self.groups().1.end)?;
-        if !matches!((self.inputs.len(), self.gated), (1, _) | (2, true)) {
-            bail!("feed-forward: {} input projections, expected one, or gate and up", self.inputs.len())
-        }
-        Ok(())
+    /// The part's result for x [b, t, h] off the tape, and the node that gives its gradients.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn node(self: &Arc<Self>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
+        node(self, x, parameters)
+    }
+
+    fn groups(&self) -> (Group<'_>, Group<'_>) {
+        groups(&self.inputs, &self.output)
     }
 
     /// Widths of gate and up where one projection gives both.
@@ -45,161 +57,95 @@ impl FeedForwardPart {
         }
     }
 
-    fn groups(&self) -> (Group<'_>, Group<'_>) {
-        let inputs = Group::new(&self.inputs, 0);
-        let output = Group::new(std::slice::from_ref(&self.output), inputs.end);
-        (inputs, output)
-    }
-}
-
-impl FeedForwardPart {
-    /// The part's result for x [b, t, h] off the tape, and the node that gives its gradients.
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    pub fn node(self: &Arc<Self>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
-        if !is_fused(x, parameters) {
-            bail!(
-                "a part without the tape: x is {:?}, expected f32, bf16 or f16 on the CPU and f32 parameters",
-                x.dtype()
-            )
+    fn activate<T: Multiply>(&self, hidden: &[Vec<T>]) -> Vec<T> {
+        match hidden {
+            [gate, up] => gated_forward(self.activation, gate, up),
+            [only, ..] => activated(self.activation, only),
+            [] => Vec::new(),
         }
-        let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.detach().contiguous())?;
-        self.check(x, &parameters)?;
-        let op = FeedForward { part: self.clone(), kept: OnceLock::new() };
-        let x = x.detach().contiguous()?;
-        let y = x.apply_op2_no_bwd(&parameters, &op)?;
-        Ok((y, Node::new(x, parameters, Box::new(op))))
     }
 }
 
-/// The part's result for x [b, t, h]; `parameters` holds A of gate and up, then their B and gains, then A, B and gain of the
-/// projection back. Gradients for x and the parameters.
-pub fn feed_forward_part(x: &Tensor, parameters: Option<&Tensor>, part: &Arc<FeedForwardPart>) -> Result<Tensor> {
-    let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.contiguous())?;
-    part.check(x, &parameters)?;
-    if !is_fused(x, Some(&parameters)) {
-        return reference::feed_forward_part(x, &parameters, part);
-    }
-    x.contiguous()?.apply_op2(&parameters, FeedForward { part: part.clone(), kept: OnceLock::new() })
-}
-
-/// What is kept of one pass, for each element type.
-struct Saved<T> {
+/// What is kept of one pass.
+pub(super) struct Saved<T> {
+    /// Gate and up, or the one output, before the nonlinearity.
     hidden: Vec<Vec<T>>,
     inputs: Kept<T>,
     output: Kept<T>,
 }
 
-struct FeedForward {
-    part: Arc<FeedForwardPart>,
-    /// The `Saved` of the forward pass, in the element type of its input.
-    kept: OnceLock<Box<dyn Any + Send + Sync>>,
-}
+impl Part for FeedForwardPart {
+    const NAME: &'static str = "feed-forward part";
+    type Saved<T: Multiply> = Saved<T>;
 
-impl FeedForward {
-    fn activate<T: Multiply>(&self, hidden: &[Vec<T>]) -> Vec<T> {
-        match hidden {
-            [gate, up] => gated_forward(self.part.activation, gate, up),
-            [only, ..] => activated(self.part.activation, only),
-            [] => Vec::new(),
-        }
+    fn parameters(&self) -> usize {
+        self.groups().1.end
     }
 
-    fn forward<T: Multiply>(&self, x: &[T], parameters: &[f32], n: usize) -> Result<Vec<T>> {
-        let (inputs, output) = self.part.groups();
-        let normed = self
-            .part
-            .norm
-            .as_ref()
-            .map(|norm| Ok::<_, candle_core::Error>(norm.normaliser()?.forward(x)))
-            .transpose()?;
-        let (mut hidden, kept_inputs) = inputs.forward(normed.as_deref().unwrap_or(x), n, parameters, None)?;
-        if let Some(widths) = self.part.halves() {
-            hidden = hidden.iter().flat_map(|both| split(both, &widths)).collect();
+    fn fits(&self, _: &Tensor) -> Result<()> {
+        if !matches!((self.inputs.len(), self.gated), (1, _) | (2, true)) {
+            bail!("feed-forward part: {} input projections, expected one, or gate and up", self.inputs.len())
         }
-        let inner = self.activate(&hidden);
-        let (mut y, kept_output) = output.forward(&inner, n, parameters, self.part.residual.then_some(x))?;
-        let _ = self.kept.set(Box::new(Saved { hidden, inputs: kept_inputs, output: kept_output }));
-        Ok(y.pop().unwrap_or_default())
+        let widths: Vec<usize> = self.inputs.iter().map(|p| p.weight.d_out()).collect();
+        let inner = self.output.weight.d_in();
+        let fits = match self.halves() {
+            Some(_) => widths == [2 * inner],
+            None => widths.iter().all(|width| *width == inner),
+        };
+        if !fits {
+            bail!("feed-forward part: outputs {widths:?} for {inner} inputs back")
+        }
+        Ok(())
     }
 
-    fn backward<T: Multiply>(
+    fn forward<T: Multiply>(
         &self,
         x: &[T],
         parameters: &[f32],
-        g: &[T],
-        n: usize,
-        mut d_parameters: Option<&mut [f32]>,
-        wanted: bool,
-    ) -> Result<Option<Vec<T>>> {
-        let Some(saved) = self.kept.get().and_then(|s| s.downcast_ref::<Saved<T>>()) else {
-            bail!("feed-forward: backward before forward")
-        };
-        let (inputs, output) = self.part.groups();
+        size: (usize, usize),
+    ) -> Result<(Vec<T>, Self::Saved<T>)> {
+        let (inputs, output) = self.groups();
+        let (n, norm) = (size.0 * size.1, PartNorm::normaliser(self.norm.as_ref())?);
+        let rows = normed(norm.as_ref(), x);
+        let (mut hidden, kept_inputs) = inputs.forward(&rows, n, parameters, None)?;
+        drop(rows);
+        if let (Some(widths), [both]) = (self.halves(), hidden.as_slice()) {
+            hidden = split(both, &widths);
+        }
+        let inner = self.activate(&hidden);
+        let (mut y, kept_output) = output.forward(&inner, n, parameters, self.residual.then_some(x))?;
+        Ok((y.pop().unwrap_or_default(), Saved { hidden, inputs: kept_inputs, output: kept_output }))
+    }
+
+    fn backward<T: Multiply>(&self, saved: &Saved<T>, back: Back<'_, T>) -> Result<Option<Vec<T>>> {
+        let Back { x, parameters, g, size, mut d_parameters, wants_x } = back;
+        let (inputs, output) = self.groups();
+        let n = size.0 * size.1;
         let inner = self.activate(&saved.hidden);
         let d_inner = output
             .backward(&inner, n, &[g], &saved.output, parameters, (d_parameters.as_deref_mut(), true))?
             .unwrap_or_default();
         drop(inner);
-        let d_hidden: Vec<Vec<T>> = match saved.hidden.as_slice() {
+        let mut d_hidden: Vec<Vec<T>> = match saved.hidden.as_slice() {
             [gate, up] => {
-                let (dg, du) = gated_gradients(self.part.activation, gate, up, &d_inner, true, true);
+                let (dg, du) = gated_gradients(self.activation, gate, up, &d_inner, true, true);
                 vec![dg.unwrap_or_default(), du.unwrap_or_default()]
             }
-            [only, ..] => vec![activated_gradient(self.part.activation, only, &d_inner)],
+            [only, ..] => vec![activated_gradient(self.activation, only, &d_inner)],
             [] => Vec::new(),
         };
         drop(d_inner);
-        let d_hidden = match self.part.halves() {
-            Some(widths) => vec![join(&d_hidden, &widths)],
-            None => d_hidden,
-        };
-        let norm = self.part.norm.as_ref().map(PartNorm::normaliser).transpose()?;
-        let normed = norm.as_ref().map(|norm| norm.forward(x));
+        if let Some(widths) = self.halves() {
+            d_hidden = vec![join(&d_hidden, &widths)];
+        }
         let grads: Vec<&[T]> = d_hidden.iter().map(Vec::as_slice).collect();
-        let rows = normed.as_deref().unwrap_or(x);
-        let dx = inputs.backward(rows, n, &grads, &saved.inputs, parameters, (d_parameters, wanted))?;
-        Ok(dx.map(|dx| super::finish(dx, norm.as_ref(), x, self.part.residual.then_some(g))))
-    }
-}
-
-impl CustomOp2 for FeedForward {
-    fn name(&self) -> &'static str {
-        "feed-forward"
+        let norm = PartNorm::normaliser(self.norm.as_ref())?;
+        let rows = normed(norm.as_ref(), x);
+        let dx = inputs.backward(&rows, n, &grads, &saved.inputs, parameters, (d_parameters, wants_x))?;
+        Ok(dx.map(|dx| finish(dx, norm.as_ref(), x, self.residual.then_some(g))))
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, p: &CpuStorage, lp: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (b, t, _) = lx.shape().dims3()?;
-        let parameters = slice::<f32>(p, lp)?;
-        let out = by_dtype!(x.dtype(), self.name(), T => {
-            <T as WithDType>::to_cpu_storage_owned(self.forward::<T>(slice(x, lx)?, parameters, b * t)?)
-        });
-        Ok((out, lx.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, p: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        self.gradients(x, p, g, (x.track_op(), p.track_op()))
-    }
-}
-
-impl Differentiable for FeedForward {
-    fn gradients(
-        &self,
-        x: &Tensor,
-        p: &Tensor,
-        g: &Tensor,
-        (wants_x, wants_p): (bool, bool),
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (b, t, _) = x.dims3()?;
-        let g = g.contiguous()?;
-        let ((sx, lx), (sp, lp), (sg, lg)) = (x.storage_and_layout(), p.storage_and_layout(), g.storage_and_layout());
-        let parameters = cpu_slice::<f32>(&sp, lp)?;
-        let mut d_parameters = wants_p.then(|| vec![0f32; parameters.len()]);
-        by_dtype!(x.dtype(), self.name(), T => {
-            let (xs, gs) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
-            let dx = self.backward::<T>(xs, parameters, gs, b * t, d_parameters.as_deref_mut(), wants_x)?;
-            Ok((dx.map(|dx| tensor_like(dx, x)).transpose()?, d_parameters.map(|d| tensor_like(d, p)).transpose()?))
-        })
+    fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
+        reference::feed_forward_part(x, parameters, self)
     }
 }

@@ -1,8 +1,14 @@
-//! Projections that read the same rows: their low-rank inner products and the gradient of the rows in one pass each.
+//! Projections that read the same rows.
+//!
+//! Equation: y_i = g_i * (W_i x + B_i u_i) + bias_i, u = s A x;  d_u = s dy_i B_i, dB_i = dy_i^T u_i, dA = d_u^T x,
+//!           dx = sum over i of dy_i W_i + d_u A, with g_i dy_i in place of dy_i below a gain
+//! Shapes:   x [n, d_in], y_i [n, d_out_i], u [n, sum of ranks]; A of all members one below the other
+//! Source:   LoRA arXiv 2106.09685 eq. 3, the gain as in DoRA arXiv 2402.09353 eq. 5; one sum for dx as one product with K grown
+//!           by the ranks
 
 use super::{Projection, gain};
 use crate::frozen::{multiply_frozen, with_transposed};
-use crate::product::{Multiply, Rows, Slice, Term, multiply_into, outer};
+use crate::product::{Multiply, Rows, Slice, Term, multiply_into, outer, outer_transposed};
 use candle_core::{Result, Tensor};
 use std::ops::Range;
 
@@ -40,9 +46,16 @@ fn values(bias: &Option<Tensor>) -> Result<Option<Vec<f32>>> {
     bias.as_ref().map(|b| b.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()
 }
 
+/// The groups of a part: its inputs, and its projection back.
+pub(super) fn groups<'a>(inputs: &'a [Projection], output: &'a Projection) -> (Group<'a>, Group<'a>) {
+    let inputs = Group::new(inputs, 0);
+    let output = Group::new(std::slice::from_ref(output), inputs.end);
+    (inputs, output)
+}
+
 impl<'a> Group<'a> {
     /// The group whose parameters begin at `start`.
-    pub(super) fn new(members: &'a [Projection], start: usize) -> Self {
+    fn new(members: &'a [Projection], start: usize) -> Self {
         let d_in = members.first().map_or(0, |m| m.weight.d_in());
         let ranks = members.iter().map(Projection::rank).sum::<usize>();
         let a = start..start + ranks * d_in;
@@ -90,7 +103,7 @@ impl<'a> Group<'a> {
             }
             let residual = residual.filter(|_| i == 0);
             if let Some(gain) = &place.gain {
-                let sum = multiply_frozen::<T>(&member.weight, x, n, false, &beside)?;
+                let sum = multiply_frozen::<T>(&member.weight, rows, n, &beside)?;
                 outputs.push(gain::apply(&sum, &parameters[gain.clone()], bias.as_deref(), residual));
                 sums.push(Some(sum));
                 continue;
@@ -98,10 +111,10 @@ impl<'a> Group<'a> {
             if let Some(bias) = &bias {
                 beside.push(Term::Shift(bias));
             }
-            if let (0, Some(rows)) = (i, rows_added) {
-                beside.push(Term::Add(rows));
+            if let (0, Some(added)) = (i, rows_added) {
+                beside.push(Term::Add(added));
             }
-            outputs.push(multiply_frozen::<T>(&member.weight, x, n, false, &beside)?);
+            outputs.push(multiply_frozen::<T>(&member.weight, rows, n, &beside)?);
             sums.push(None);
         }
         Ok((outputs, Kept { inner, sums }))
@@ -134,25 +147,18 @@ impl<'a> Group<'a> {
             });
         }
         let below: Vec<&[T]> = gradients.iter().zip(&scaled).map(|(g, s)| s.as_deref().unwrap_or(g)).collect();
+        let rows: Vec<Rows<'_>> = below.iter().zip(&mut wide).map(|(g, wide)| T::rows(g, wide)).collect();
         let mut d_inner = vec![0f32; n * self.ranks];
-        for (i, (member, place)) in self.members.iter().zip(&self.places).enumerate().filter(|(_, (_, p))| p.rank > 0) {
-            let d_out = member.weight.d_out();
-            let b = Slice::new(&parameters[place.b.clone()], d_out, place.rank, member.scale());
-            let rows = T::rows(below[i], &mut wide[i]);
-            multiply_into(n, place.rank, &[Term::new(rows, &b)], &mut d_inner, self.ranks, place.row);
+        let members = || self.members.iter().zip(&self.places);
+        for ((member, place), rows) in members().zip(&rows).filter(|((_, p), _)| p.rank > 0) {
+            let b = Slice::new(&parameters[place.b.clone()], member.weight.d_out(), place.rank, member.scale());
+            multiply_into(n, place.rank, &[Term::new(*rows, &b)], &mut d_inner, self.ranks, place.row);
         }
         if let Some(d_parameters) = d_parameters {
-            for ((member, place), g) in
-                self.members.iter().zip(&self.places).zip(&below).filter(|((_, p), _)| p.rank > 0)
-            {
+            for ((member, place), g) in members().zip(&below).filter(|((_, p), _)| p.rank > 0) {
                 let (d_out, rank) = (member.weight.d_out(), place.rank);
-                // dB is [d_out, r]; outer products give its transpose.
-                let mut transposed = vec![0f32; rank * d_out];
-                outer((n, rank, d_out), &kept.inner[place.row.min(kept.inner.len())..], self.ranks, g, &mut transposed);
-                let db = &mut d_parameters[place.b.clone()];
-                for (r, row) in transposed.chunks_exact(d_out).enumerate() {
-                    db.iter_mut().skip(r).step_by(rank).zip(row).for_each(|(d, v)| *d = *v);
-                }
+                let inner = &kept.inner[place.row.min(kept.inner.len())..];
+                outer_transposed((n, rank, d_out), inner, self.ranks, g, &mut d_parameters[place.b.clone()]);
             }
             if self.ranks > 0 {
                 outer((n, self.ranks, self.d_in), &d_inner, self.ranks, x, &mut d_parameters[self.a.clone()]);
@@ -162,16 +168,10 @@ impl<'a> Group<'a> {
             return Ok(None);
         }
         let a = Slice::new(&parameters[self.a.clone()], self.ranks, self.d_in, 1.0);
-        let mut wide = Vec::new();
-        wide.resize_with(self.members.len(), Vec::new);
         let weights: Vec<_> = self.members.iter().map(|m| &*m.weight).collect();
         with_transposed(&weights, &[], &mut |operands| {
-            let mut terms: Vec<Term<'_>> = operands
-                .iter()
-                .zip(&below)
-                .zip(&mut wide)
-                .map(|((operand, g), wide)| Term::new(T::rows(g, wide), *operand))
-                .collect();
+            let mut terms: Vec<Term<'_>> =
+                operands.iter().zip(&rows).map(|(operand, rows)| Term::new(*rows, *operand)).collect();
             if self.ranks > 0 && n > 0 {
                 terms.push(Term::new(Rows::F32(&d_inner), &a));
             }

@@ -12,15 +12,18 @@ mod attention;
 mod feed_forward;
 mod gain;
 mod group;
+mod node;
 pub mod reference;
 
 pub use attention::{AttentionPart, attention_part};
 pub use feed_forward::{FeedForwardPart, feed_forward_part};
+pub use node::Node;
 
 use crate::element::{Element, zeros};
 use crate::frozen::FrozenWeight;
 use crate::norm::cpu::Normaliser;
 use candle_core::{DType, Result, Tensor, bail};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// A low-rank product beside a frozen one; its factors are in the part's flat parameters.
@@ -79,9 +82,11 @@ pub enum PartNorm {
 }
 
 impl PartNorm {
-    fn normaliser(&self) -> Result<Normaliser> {
+    /// The norm of a part, if it has one, as the kernels take it.
+    fn normaliser(norm: Option<&Self>) -> Result<Option<Normaliser>> {
+        let Some(norm) = norm else { return Ok(None) };
         let values = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
-        Ok(match self {
+        Ok(Some(match norm {
             Self::Rms { weight, eps, offset } => {
                 let gain = values(weight)?.into_iter().map(|w| w + *offset as f32).collect();
                 Normaliser::Rms { gain, eps: *eps as f32 }
@@ -89,8 +94,13 @@ impl PartNorm {
             Self::Layer { weight, bias, eps } => {
                 Normaliser::Layer { gain: values(weight)?, bias: values(bias)?, eps: *eps as f32 }
             }
-        })
+        }))
     }
+}
+
+/// The rows that the projections read: those of `x` after the norm.
+fn normed<'a, T: Element>(norm: Option<&Normaliser>, x: &'a [T]) -> Cow<'a, [T]> {
+    norm.map_or(Cow::Borrowed(x), |norm| Cow::Owned(norm.forward(x)))
 }
 
 /// Rows of sum(widths) entries as one matrix for each width.
@@ -146,49 +156,7 @@ fn sum<T: Element>(mut a: Vec<T>, b: &[T]) -> Vec<T> {
     a
 }
 
-/// An operation whose gradients can be asked for without a tape.
-trait Differentiable: Send + Sync {
-    /// Gradients of x and of the parameters for `g` of the result, where wanted.
-    fn gradients(
-        &self,
-        x: &Tensor,
-        parameters: &Tensor,
-        g: &Tensor,
-        wants: (bool, bool),
-    ) -> Result<(Option<Tensor>, Option<Tensor>)>;
-}
-
-/// One pass of a part, to go back through.
-pub struct Node {
-    x: Tensor,
-    parameters: Tensor,
-    op: Box<dyn Differentiable>,
-}
-
-impl std::fmt::Debug for Node {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node").field("x", &self.x.dims()).field("parameters", &self.parameters.dims()).finish()
-    }
-}
-
-impl Node {
-    fn new(x: Tensor, parameters: Tensor, op: Box<dyn Differentiable>) -> Self {
-        Self { x, parameters, op }
-    }
-
-    /// The gradients of x and of the flat parameters, where wanted, for `g` of the result.
-    ///
-    /// # Errors
-    /// If `g` has another shape or type.
-    pub fn backward(&self, g: &Tensor, wants: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        if g.dims() != self.x.dims() || g.dtype() != self.x.dtype() {
-            bail!("part: gradient {:?} {:?} for a result {:?}", g.dtype(), g.dims(), self.x.dims())
-        }
-        self.op.gradients(&self.x, &self.parameters, g, wants)
-    }
-}
-
-/// Whether a part runs fused for rows like `x`: as the other kernels, and not in f16 or with parameters elsewhere.
+/// Whether a part runs fused for rows like `x`: f32, bf16 or f16 on the CPU, with its parameters in f32 beside them.
 pub fn is_fused(x: &Tensor, parameters: Option<&Tensor>) -> bool {
     crate::fused(x) && parameters.is_none_or(|p| p.dtype() == DType::F32 && p.device().is_cpu())
 }
@@ -198,10 +166,10 @@ fn no_parameters(x: &Tensor) -> Result<Tensor> {
     Tensor::zeros(0, DType::F32, x.device())
 }
 
-fn check(what: &str, x: &Tensor, parameters: &Tensor, needed: usize) -> Result<(usize, usize, usize)> {
-    let (b, t, h) = x.dims3()?;
+fn check(what: &str, x: &Tensor, parameters: &Tensor, needed: usize) -> Result<()> {
+    x.dims3()?;
     if parameters.dims() != [needed] || !parameters.dtype().is_float() {
         bail!("{what}: parameters are {:?} {:?}, expected floats [{needed}]", parameters.dtype(), parameters.dims())
     }
-    Ok((b, t, h))
+    Ok(())
 }

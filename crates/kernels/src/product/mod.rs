@@ -7,7 +7,8 @@
 //! Cost:     2 m n sum(k_t) FLOPs; each element of the output is written once
 //!
 //! An output is one chain of multiply-adds over its terms in order, whatever the tile it falls into: bits depend neither
-//! on the number of threads nor on the other rows.
+//! on the number of threads nor on the other rows. The one exception is where a product has few rows ([`FEW`]): it is made of dot
+//! products, which add in another order, so a row among few and the same row among many may differ in rounding.
 
 mod dots;
 mod micro;
@@ -17,12 +18,13 @@ mod term;
 
 use crate::element::Element;
 use crate::parallel;
+use crate::simd::has_bf16;
 pub(crate) use dots::dots;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 pub(crate) use micro::width as panel_width;
 use micro::{Part, Place};
-pub(crate) use outer::outer;
+pub(crate) use outer::{outer, outer_transposed};
 pub(crate) use right::{Right, Slice, scatter, scatter_pairs, transpose, transpose_pairs};
 use std::cell::RefCell;
 use term::pairs_mut;
@@ -39,8 +41,6 @@ const BLOCK_BYTES: usize = 256 << 10;
 
 /// Element types that a product can read and write.
 pub(crate) trait Multiply: Element {
-    /// Whether rows of this type are multiplied as they are on this processor.
-    fn direct() -> bool;
     /// Rows as they are multiplied; `wide` holds them in f32 where they must be widened.
     fn rows<'a>(src: &'a [Self], wide: &'a mut Vec<f32>) -> Rows<'a>;
     /// out <- sum of `terms`, rounded once.
@@ -63,9 +63,6 @@ pub(crate) fn multiply_into(m: usize, n: usize, terms: &[Term<'_>], out: &mut [f
 }
 
 impl Multiply for f32 {
-    fn direct() -> bool {
-        true
-    }
     fn rows<'a>(src: &'a [Self], _: &'a mut Vec<f32>) -> Rows<'a> {
         Rows::F32(src)
     }
@@ -74,7 +71,7 @@ impl Multiply for f32 {
         if let Some(out) = few(m, n, terms) {
             return out;
         }
-        let mut out = crate::element::room(m * n);
+        let mut out = Vec::with_capacity(m * n);
         // SAFETY: `multiply` writes all m x n entries.
         unsafe {
             multiply(m, n, terms, Place::F32 { out: out.as_mut_ptr(), stride: n });
@@ -85,11 +82,8 @@ impl Multiply for f32 {
 }
 
 impl Multiply for bf16 {
-    fn direct() -> bool {
-        crate::simd::has_bf16()
-    }
     fn rows<'a>(src: &'a [Self], wide: &'a mut Vec<f32>) -> Rows<'a> {
-        if Self::direct() {
+        if has_bf16() {
             Rows::Bf16(src)
         } else {
             *wide = Self::widened(src).into_owned();
@@ -97,10 +91,10 @@ impl Multiply for bf16 {
         }
     }
     fn multiply(m: usize, n: usize, terms: &[Term<'_>]) -> Vec<Self> {
-        if !Self::direct() {
+        if !has_bf16() {
             return Self::narrowed(f32::multiply(m, n, terms));
         }
-        let mut out: Vec<Self> = crate::element::room(m * n);
+        let mut out: Vec<Self> = Vec::with_capacity(m * n);
         // SAFETY: `multiply` writes all m x n entries; bf16 is its 16 bits.
         unsafe {
             multiply(m, n, terms, Place::Bf16 { out: out.as_mut_ptr().cast(), stride: n });
@@ -111,9 +105,6 @@ impl Multiply for bf16 {
 }
 
 impl Multiply for f16 {
-    fn direct() -> bool {
-        false
-    }
     fn rows<'a>(src: &'a [Self], wide: &'a mut Vec<f32>) -> Rows<'a> {
         *wide = Self::widened(src).into_owned();
         Rows::F32(wide)
@@ -213,6 +204,7 @@ unsafe fn multiply(m: usize, n: usize, terms: &[Term<'_>], place: Place) {
     parallel::map(strips * cuts, work, |i| {
         let (first, top) = (i / cuts * strip, i % cuts * rows);
         let (columns, rows) = (strip.min(n - first), rows.min(m - top));
+        // Nothing in `fill` waits for other tasks: a thread that waited could be given another and ask for its panels again.
         PANELS.with_borrow_mut(|panels| {
             // SAFETY: the task's own rows and columns of the place.
             unsafe { fill(terms, panels, n, (top, rows), (first, columns), place) };

@@ -35,6 +35,21 @@ pub(crate) fn outer<T: Multiply>((m, r, n): (usize, usize, usize), u: &[f32], st
     }
 }
 
+/// out [n, r] <- the transpose of [`outer`].
+pub(crate) fn outer_transposed<T: Multiply>(
+    (m, r, n): (usize, usize, usize),
+    u: &[f32],
+    stride: usize,
+    v: &[T],
+    out: &mut [f32],
+) {
+    let mut rows = vec![0f32; r * n];
+    outer((m, r, n), u, stride, v, &mut rows);
+    for (i, row) in rows.chunks_exact(n.max(1)).enumerate() {
+        out.iter_mut().skip(i).step_by(r).zip(row).for_each(|(d, v)| *d = *v);
+    }
+}
+
 /// One block of up to 16 by 16 outputs.
 fn tile<T: Multiply>(
     (m, rows, columns): (usize, usize, usize),

@@ -20,7 +20,8 @@ pub(crate) enum Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn widened(self) -> Cow<'a, [f32]> {
+    /// The rows in f32.
+    pub(crate) fn widened(self) -> Cow<'a, [f32]> {
         match self {
             Self::F32(rows) => Cow::Borrowed(rows),
             Self::Bf16(rows) => bf16::widened(rows),

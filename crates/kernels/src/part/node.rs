@@ -1,0 +1,172 @@
+//! What makes a part an operation of the tape, or a node without one: the same for every part.
+
+use super::{check, is_fused, no_parameters};
+use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
+use crate::product::Multiply;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
+use std::any::Any;
+use std::sync::{Arc, OnceLock};
+
+/// The mathematics of a part over rows x [b * t, h] and its flat parameters.
+pub(super) trait Part: Send + Sync + 'static {
+    /// The name in messages.
+    const NAME: &'static str;
+    /// What a forward pass keeps.
+    type Saved<T: Multiply>: Send + Sync + 'static;
+    /// The number of parameters.
+    fn parameters(&self) -> usize;
+    /// Whether the part fits rows [b, t, h].
+    fn fits(&self, x: &Tensor) -> Result<()>;
+    /// The result [b * t, h].
+    fn forward<T: Multiply>(
+        &self,
+        x: &[T],
+        parameters: &[f32],
+        size: (usize, usize),
+    ) -> Result<(Vec<T>, Self::Saved<T>)>;
+    /// The gradients for `back.g` of the result: that of x if wanted; those of the parameters are written where wanted.
+    fn backward<T: Multiply>(&self, saved: &Self::Saved<T>, back: Back<'_, T>) -> Result<Option<Vec<T>>>;
+    /// The result by definition.
+    fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor>;
+}
+
+/// What a backward pass has.
+pub(super) struct Back<'a, T> {
+    pub(super) x: &'a [T],
+    pub(super) parameters: &'a [f32],
+    pub(super) g: &'a [T],
+    /// b and t.
+    pub(super) size: (usize, usize),
+    pub(super) d_parameters: Option<&'a mut [f32]>,
+    /// Whether the gradient of x is wanted.
+    pub(super) wants_x: bool,
+}
+
+/// One pass of a part.
+struct Pass<P> {
+    part: Arc<P>,
+    /// The `Saved` of the forward pass, in the element type of its input.
+    saved: OnceLock<Box<dyn Any + Send + Sync>>,
+}
+
+impl<P> Pass<P> {
+    fn new(part: &Arc<P>) -> Self {
+        Self { part: part.clone(), saved: OnceLock::new() }
+    }
+}
+
+fn checked<P: Part>(part: &P, x: &Tensor, parameters: Option<Tensor>) -> Result<Tensor> {
+    let parameters = parameters.map_or_else(|| no_parameters(x), |p| p.contiguous())?;
+    check(P::NAME, x, &parameters, part.parameters())?;
+    part.fits(x)?;
+    Ok(parameters)
+}
+
+/// The result of a part on the tape.
+pub(super) fn apply<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tensor>) -> Result<Tensor> {
+    let parameters = checked(&**part, x, parameters.cloned())?;
+    if is_fused(x, Some(&parameters)) {
+        x.contiguous()?.apply_op2(&parameters, Pass::new(part))
+    } else {
+        part.reference(x, &parameters)
+    }
+}
+
+/// The result of a part off the tape, and the way back.
+pub(super) fn node<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
+    if !is_fused(x, parameters) {
+        let dtype = x.dtype();
+        bail!("{} without the tape: x is {dtype:?}, expected f32, bf16 or f16 on the CPU and f32 parameters", P::NAME)
+    }
+    let parameters = checked(&**part, x, parameters.map(Tensor::detach))?;
+    let (x, op) = (x.detach().contiguous()?, Pass::new(part));
+    let y = x.apply_op2_no_bwd(&parameters, &op)?;
+    Ok((y, Node { x, parameters, op: Box::new(op) }))
+}
+
+impl<P: Part> CustomOp2 for Pass<P> {
+    fn name(&self) -> &'static str {
+        P::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, p: &CpuStorage, lp: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (b, t, _) = lx.shape().dims3()?;
+        let parameters = slice::<f32>(p, lp)?;
+        let out = by_dtype!(x.dtype(), P::NAME, T => {
+            let (y, saved) = self.part.forward::<T>(slice(x, lx)?, parameters, (b, t))?;
+            let _ = self.saved.set(Box::new(saved));
+            <T as WithDType>::to_cpu_storage_owned(y)
+        });
+        Ok((out, lx.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, p: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        self.gradients(x, p, g, (x.track_op(), p.track_op()))
+    }
+}
+
+/// An operation whose gradients can be asked for without a tape.
+trait Differentiable: Send + Sync {
+    /// Gradients of x and of the parameters for `g` of the result, where wanted.
+    fn gradients(
+        &self,
+        x: &Tensor,
+        parameters: &Tensor,
+        g: &Tensor,
+        wants: (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)>;
+}
+
+impl<P: Part> Differentiable for Pass<P> {
+    fn gradients(
+        &self,
+        x: &Tensor,
+        p: &Tensor,
+        g: &Tensor,
+        (wants_x, wants_p): (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (b, t, _) = x.dims3()?;
+        let g = g.contiguous()?;
+        let ((sx, lx), (sp, lp), (sg, lg)) = (x.storage_and_layout(), p.storage_and_layout(), g.storage_and_layout());
+        let parameters = cpu_slice::<f32>(&sp, lp)?;
+        let mut d_parameters = wants_p.then(|| vec![0f32; parameters.len()]);
+        by_dtype!(x.dtype(), P::NAME, T => {
+            let Some(saved) = self.saved.get().and_then(|s| s.downcast_ref::<P::Saved<T>>()) else {
+                bail!("{}: backward before forward", P::NAME)
+            };
+            let (x_rows, g_rows) = (cpu_slice::<T>(&sx, lx)?, cpu_slice::<T>(&sg, lg)?);
+            let d_parameters_out = d_parameters.as_deref_mut();
+            let back =
+                Back { x: x_rows, parameters, g: g_rows, size: (b, t), d_parameters: d_parameters_out, wants_x };
+            let dx = self.part.backward::<T>(saved, back)?;
+            Ok((dx.map(|dx| tensor_like(dx, x)).transpose()?, d_parameters.map(|d| tensor_like(d, p)).transpose()?))
+        })
+    }
+}
+
+/// One pass of a part, to go back through.
+pub struct Node {
+    x: Tensor,
+    parameters: Tensor,
+    op: Box<dyn Differentiable>,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("x", &self.x.dims()).field("parameters", &self.parameters.dims()).finish()
+    }
+}
+
+impl Node {
+    /// The gradients of x and of the flat parameters, where wanted, for `g` of the result.
+    ///
+    /// # Errors
+    /// If `g` has another shape or type.
+    pub fn backward(&self, g: &Tensor, wants: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if g.dims() != self.x.dims() || g.dtype() != self.x.dtype() {
+            bail!("part: gradient {:?} {:?} for a result {:?}", g.dtype(), g.dims(), self.x.dims())
+        }
+        self.op.gradients(&self.x, &self.parameters, g, wants)
+    }
+}
