@@ -61,3 +61,27 @@ pub fn normal(rng: &mut ChaCha8Rng, std: f64, shape: impl Into<Shape>, device: &
     rng.set_word_pos(start + count.next_multiple_of(2) as u128 * WORDS);
     Ok(Tensor::from_vec(values, shape, device)?)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_draw_is_the_same_in_pieces_and_leaves_the_stream_where_it_ends() {
+        let draw = |counts: &[usize]| {
+            let mut rng = stream(3, "pieces");
+            let all =
+                counts.iter().flat_map(|n| normal(&mut rng, 0.5, *n, &Device::Cpu).unwrap().to_vec1::<f32>().unwrap());
+            all.collect::<Vec<_>>()
+        };
+        // Longer than a piece, not a multiple of one; cut at an even place.
+        let whole = draw(&[100_002]);
+        assert_eq!(draw(&[40_000, 60_002]), whole);
+        let mean = whole.iter().map(|x| f64::from(*x)).sum::<f64>() / whole.len() as f64;
+        let square = whole.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / whole.len() as f64;
+        assert!(mean.abs() < 0.01 && (square.sqrt() - 0.5).abs() < 0.01, "{mean} {square}");
+        let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        assert_eq!(one_thread.install(|| draw(&[100_002])), whole);
+    }
+}

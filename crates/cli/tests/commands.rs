@@ -214,3 +214,14 @@ fn the_rest_answers() {
     let size = std::fs::metadata(env!("CARGO_BIN_EXE_espalier")).unwrap().len();
     assert!(size < 40 << 20 || cfg!(debug_assertions), "{size} bytes");
 }
+
+#[test]
+fn an_unknown_instruction_set_is_refused_before_anything_runs() {
+    let run = |level: &str| common::binary().env("ESPALIER_SIMD", level).args(["doctor"]).output().unwrap();
+    let out = run("avx9");
+    assert_eq!(out.status.code(), Some(2));
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(message.contains("ESPALIER_SIMD=avx9") && message.contains("avx512bf16"), "{message}");
+    let out = run("baseline");
+    assert!(String::from_utf8_lossy(&out.stdout).contains("with baseline kernels"));
+}

@@ -30,6 +30,7 @@ mod simd;
 mod vector;
 
 use candle_core::{DType, Tensor};
+pub use simd::instructions;
 
 /// Whether `x` is handled by the fused CPU kernels: on the CPU, in f32, bf16 or f16.
 fn fused(x: &Tensor) -> bool {

@@ -17,7 +17,7 @@ pub(crate) enum Level {
     V4Bf16,
 }
 
-/// The level of this machine, detected once; `ESPALIER_SIMD` (`baseline`, `avx2`, `avx512`) asks for a lower one.
+/// The level of this machine, detected once; [`VARIABLE`] asks for a lower one.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
@@ -34,13 +34,31 @@ pub(crate) fn level() -> Level {
             (_, true) => Level::V3,
             _ => Level::Baseline,
         };
-        match std::env::var("ESPALIER_SIMD").as_deref() {
-            Ok("baseline") => Level::Baseline,
-            Ok("avx2") => found.min(Level::V3),
-            Ok("avx512") => found.min(Level::V4),
-            _ => found,
-        }
+        let asked = std::env::var(VARIABLE).ok();
+        let asked = asked.and_then(|name| NAMES.iter().find(|(known, _)| *known == name).map(|(_, level)| *level));
+        asked.map_or(found, |asked| found.min(asked))
     })
+}
+
+/// The variable that asks for fewer instructions than the processor has.
+const VARIABLE: &str = "ESPALIER_SIMD";
+
+/// Its values.
+const NAMES: [(&str, Level); 4] =
+    [("baseline", Level::Baseline), ("avx2", Level::V3), ("avx512", Level::V4), ("avx512bf16", Level::V4Bf16)];
+
+/// The instructions that the kernels use on this machine.
+///
+/// # Errors
+/// If `ESPALIER_SIMD` holds a value that is none of the known ones; the message lists them.
+pub fn instructions() -> std::result::Result<&'static str, String> {
+    if let Ok(asked) = std::env::var(VARIABLE)
+        && NAMES.iter().all(|(known, _)| *known != asked)
+    {
+        let known: Vec<&str> = NAMES.iter().map(|(known, _)| *known).collect();
+        return Err(format!("{VARIABLE}={asked} is not known (known: {})", known.join(", ")));
+    }
+    Ok(NAMES.iter().find(|(_, known)| *known == level()).map_or("baseline", |(name, _)| name))
 }
 
 /// Everything but x86 takes the portable loops.

@@ -3,7 +3,9 @@
 mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::*;
-use espalier_kernels::cross_entropy::{cross_entropy, log_softmax, reference, softmax};
+use espalier_kernels::cross_entropy::{cross_entropy, linear_cross_entropy, log_softmax, reference, softmax};
+use espalier_kernels::frozen::FrozenWeight;
+use std::sync::Arc;
 
 #[test]
 fn cross_entropy_matches_the_f64_reference() {
@@ -80,4 +82,36 @@ fn wrong_inputs_are_named() {
     assert!(message(cross_entropy(&x, &[1, 1], Some(&[1.0]))).contains("1 weights"));
     assert!(message(cross_entropy(&x.flatten_all().unwrap(), &[1, 1], None)).contains("[8]"));
     assert!(softmax(&Tensor::zeros((2, 0), DType::F32, &Device::Cpu).unwrap()).is_err());
+}
+
+#[test]
+fn the_fused_projection_equals_scores_and_their_loss() {
+    // One row, rows on both sides of the dot products' threshold, odd sizes, no rows.
+    for (n, h, v) in [(1, 8, 5), (5, 17, 33), (40, 24, 130), (0, 6, 9)] {
+        let mut r = rng(8);
+        let w = randn(&mut r, &[v, h], DType::F32);
+        let labels: Vec<u32> = (0..n as u32).map(|i| i * 7 % v as u32).collect();
+        for dtype in FUSED {
+            let weight = Arc::new(FrozenWeight::dense(w.to_dtype(dtype).unwrap()).unwrap());
+            let x = randn(&mut r, &[n, h], dtype);
+            matches_f64(
+                &format!("[{n}, {h}] to {v} {dtype:?}"),
+                &|i| linear_cross_entropy(&i[0], &weight, &labels),
+                std::slice::from_ref(&x),
+                rounding(dtype),
+            );
+            let untracked = linear_cross_entropy(&x, &weight, &labels).unwrap();
+            let apart =
+                cross_entropy(&weight.forward(&x.to_dtype(DType::F32).unwrap()).unwrap(), &labels, None).unwrap();
+            close("without a gradient", &untracked, &apart, 4.0 * rounding(dtype));
+        }
+        let weight = Arc::new(FrozenWeight::nf4(&w, true).unwrap());
+        let x = randn(&mut r, &[n, h], DType::F32);
+        matches_f64("nf4", &|i| linear_cross_entropy(&i[0], &weight, &labels), &[x], 4e-6);
+    }
+    let weight = Arc::new(FrozenWeight::dense(randn(&mut rng(1), &[5, 4], DType::F32)).unwrap());
+    let x = randn(&mut rng(1), &[2, 4], DType::F32);
+    let message = |labels: &[u32]| linear_cross_entropy(&x, &weight, labels).unwrap_err().to_string();
+    assert!(message(&[0, 5]).contains("label 5 of row 1"));
+    assert!(message(&[0]).contains("1 labels for 2 rows"));
 }

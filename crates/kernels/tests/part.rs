@@ -24,6 +24,8 @@ const PLAIN: Kind = Kind { rank: 0, gain: false, bias: false };
 const LORA: Kind = Kind { rank: 3, gain: false, bias: false };
 const DORA: Kind = Kind { rank: 2, gain: true, bias: false };
 const BIASED: Kind = Kind { rank: 16, gain: false, bias: true };
+/// Ranks of a group that are more than a block of outer products.
+const WIDE: Kind = Kind { rank: 20, gain: true, bias: true };
 
 fn projection(r: &mut ChaCha8Rng, d_out: usize, d_in: usize, kind: Kind) -> Projection {
     let w = (randn(r, &[d_out, d_in], DType::F32) * (1.0 / (d_in as f64).sqrt())).unwrap();
@@ -135,7 +137,7 @@ fn agree(
 #[test]
 fn feed_forward_equals_its_reference() {
     for shape in ["gate and up", "fused", "plain"] {
-        for (name, kind) in [("plain", PLAIN), ("lora", LORA), ("dora", DORA), ("biased", BIASED)] {
+        for (name, kind) in [("plain", PLAIN), ("lora", LORA), ("dora", DORA), ("biased", BIASED), ("wide", WIDE)] {
             // Odd sizes, one token, rows on both sides of the dot products' threshold, whole tiles and rests.
             for (b, t, h, ff) in [(2, 5, 17, 23), (1, 1, 8, 12), (1, 4, 32, 16), (3, 37, 64, 96)] {
                 let (part, flat) = feed(5, (h, ff), kind, shape);
@@ -187,6 +189,36 @@ fn attention_equals_its_reference() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn parts_without_norm_or_residual_equal_their_references() {
+    let x = randn(&mut rng(9), &[2, 19, 24], DType::F32);
+    for (norm, residual) in [(false, true), (true, false), (false, false)] {
+        let (part, flat) = feed(5, (24, 40), WIDE, "gate and up");
+        let part = Arc::new(FeedForwardPart { norm: part.norm.clone().filter(|_| norm), residual, ..(*part).clone() });
+        agree(
+            &format!("feed-forward, norm {norm}, residual {residual}"),
+            &x,
+            &flat,
+            |x, p| feed_forward_part(x, Some(p), &part),
+            |x, p| reference::feed_forward_part(x, p, &part),
+        );
+        let (part, flat) = attend(6, (4, 2, 6), WIDE, false, 19, AttentionSpec { causal: true, ..Default::default() });
+        let part = Arc::new(AttentionPart {
+            norm: part.norm.clone().filter(|_| norm),
+            residual,
+            rotary: None,
+            ..(*part).clone()
+        });
+        agree(
+            &format!("attention, norm {norm}, residual {residual}"),
+            &x,
+            &flat,
+            |x, p| attention_part(x, Some(p), &part),
+            |x, p| reference::attention_part(x, p, &part),
+        );
     }
 }
 
@@ -268,6 +300,8 @@ fn no_rows_and_wrong_shapes() {
     let (part, flat) = attend(1, (2, 1, 4), LORA, false, 3, spec);
     let longer = randn(&mut rng(1), &[1, 4, 8], DType::F32);
     assert!(attention_part(&longer, Some(&flat), &part).unwrap_err().to_string().contains("cos"));
+    let wrong = Arc::new(AttentionPart { heads: 4, ..(*part).clone() });
+    assert!(attention_part(&x, Some(&flat), &wrong).unwrap_err().to_string().contains("outputs"));
 }
 
 fn flat_is_zero(x: &Tensor) -> bool {

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::attach::{Origin, attach};
-use espalier_adapters::{AdapterConfig, AdapterSet, Flow, FrozenWeight, MethodConfig, random};
+use espalier_adapters::{AdapterSet, Flow, FrozenWeight, random};
 use espalier_data::Batch;
 use espalier_models::{LoadOptions, Model, ModelConfig, TokenBatch};
 use rand::Rng;
@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::dynamics::adamw::{AdamW, AdamWStep};
 use crate::objective::{Objective, causal::Causal};
 use crate::tape::{self, Gradients, Start};
-use crate::{Error, Result, memory, setup};
+use crate::{Error, Recipe, Result, memory, setup};
 
 /// The shape of a benchmark.
 #[derive(Debug, Clone, PartialEq)]
@@ -114,11 +114,8 @@ fn prepare(shape: &Shape, positions: usize) -> Result<Setup> {
         table.insert("method".into(), shape.method.clone().into());
         table.insert("r".into(), (shape.rank as i64).into());
         table.insert("alpha".into(), (2.0 * shape.rank as f64).into());
-        let recipe = crate::Recipe { adapter: table, ..crate::Recipe::default() };
-        let config: AdapterConfig = match MethodConfig::by_name(&shape.method) {
-            Ok(_) => recipe.adapter_config()?,
-            Err(e) => return Err(e.into()),
-        };
+        let recipe = Recipe { adapter: table, ..Recipe::default() };
+        let config = recipe.adapter_config()?;
         set.add("bench", attach(&mut model, &config, Origin::Seed(0), DType::F32, &device)?)?;
         set.activate(&mut model, &[("bench", 1.0)])?;
     }

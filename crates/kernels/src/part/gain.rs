@@ -1,4 +1,8 @@
 //! Factors per output column, and their gradients.
+//!
+//! Equation: y = g * s + bias + residual;  what reaches s is g dy, dg = sum over rows of dy s
+//! Shapes:   s and y [n, d_out], g and bias `[d_out]`
+//! Source:   DoRA arXiv 2402.09353 eq. 5
 
 use crate::element::{Element, zeros};
 use crate::parallel::{chunks, tasks};

@@ -1,7 +1,9 @@
 //! Dot products of weight rows with few input rows: each weight is read once from memory, in the order it lies there, with
 //! several sums under way to hide the time of each.
 //!
-//! The order of a sum depends on its length only, not on the rows around it.
+//! Equation: y[i, j] = sum over p of w[i, p] x[j, p]
+//! Shapes:   w [rows, k] in f32, bf16 or int8, x [n, k] f32 with n small, y [rows, n]
+//! Cost:     2 rows n k FLOPs; a row of w comes from memory once. The order of a sum depends on its length only
 
 use crate::vector::{dot, dot_bf16, dot_i8};
 

@@ -1,4 +1,6 @@
-//! The terms of a sum of products.
+//! The terms of a sum of products, and the copy of left rows that would collide in the cache.
+//!
+//! Shapes:   rows [m, k] with `stride` entries from row to row, right operands [k, n], values `[n]`, rows to add [m, n]
 
 use super::Right;
 use super::micro::Part;
