@@ -23,7 +23,7 @@ fn main() -> ExitCode {
 }
 
 /// Tells the allocator of glibc to keep what is freed: every training step asks for the same large buffers again, and giving
-/// them back to the system costs a page fault for each 4 KiB when they return.
+/// them back to the system costs a page fault for each 4 KiB when they return. For buffers up to 32 MiB, the most that it allows.
 fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: two settings of the allocator, made before other threads exist.

@@ -122,6 +122,14 @@ enum Record {
     Tape(Var, Tensor),
 }
 
+/// What is kept of a block until its turn comes.
+enum Kept {
+    /// The way back.
+    Record(Record),
+    /// Its input, to run it again.
+    Input(Tensor),
+}
+
 /// One pass over a micro-batch: adds `scale` times the gradient of the summed loss, and gives the summed loss.
 ///
 /// # Errors
@@ -151,27 +159,24 @@ pub fn accumulate(
         let y = model.block(i, leaf.as_tensor(), &context, flow, None)?;
         Ok((y.detach(), Record::Tape(leaf, y)))
     };
-    // For each recorded block the way back through it, or its input, to make the way again.
-    let mut saved: Vec<std::result::Result<Record, Tensor>> = Vec::with_capacity(model.blocks() - first);
+    let pass_by = |i: usize, x: &Tensor| -> Result<Tensor> { Ok(model.block(i, x, &context, flow, None)?.detach()) };
+    let mut saved = Vec::with_capacity(model.blocks() - first);
     for i in 0..model.blocks() {
-        if i < first || checkpointing {
-            if i >= first {
-                saved.push(Err(x.clone()));
-            }
-            x = model.block(i, &x, &context, flow, None)?.detach();
-        } else {
-            let (y, way) = record(i, &x)?;
-            x = y;
-            saved.push(Ok(way));
-        }
+        let (y, kept) = match (i < first, checkpointing) {
+            (true, _) => (pass_by(i, &x)?, None),
+            (false, true) => (pass_by(i, &x)?, Some(Kept::Input(x))),
+            (false, false) => record(i, &x).map(|(y, way)| (y, Some(Kept::Record(way))))?,
+        };
+        saved.extend(kept);
+        x = y;
     }
     let needs_blocks = !saved.is_empty() || start == Start::Embeddings;
     let (loss, mut dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
-    for (i, saved) in saved.into_iter().enumerate().rev() {
+    for (i, kept) in saved.into_iter().enumerate().rev() {
         let Some(upstream) = dx else { break };
-        let way = match saved {
-            Ok(way) => way,
-            Err(x) => record(first + i, &x)?.1,
+        let way = match kept {
+            Kept::Record(way) => way,
+            Kept::Input(x) => record(first + i, &x)?.1,
         };
         // Below the first recorded block nothing is trained.
         let wanted = i > 0 || start == Start::Embeddings;
