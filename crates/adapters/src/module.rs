@@ -194,22 +194,73 @@ pub fn projections<'a>(linears: impl IntoIterator<Item = &'a Linear>, flow: &Flo
     linears.into_iter().map(|linear| linear.projection(flow)).collect()
 }
 
-/// The flat parameters of a fused operation: for each group of maps with one input, A of all, then B and gain of each. None if
-/// there are none.
+/// The parameters of a fused operation in one vector.
+#[derive(Debug, Clone)]
+pub struct FlatParameters {
+    /// All values, on the tape if a part is.
+    pub values: Tensor,
+    parts: Vec<Tensor>,
+}
+
+impl FlatParameters {
+    /// The parameters of a fused operation: for each group of maps with one input, A of all, then B and gain of each. None if
+    /// there are none.
+    ///
+    /// # Errors
+    /// If tensors are on different devices.
+    pub fn of(groups: &[&[Projected]]) -> Result<Option<Self>> {
+        let mut parts = Vec::new();
+        for group in groups {
+            let factors = || group.iter().filter_map(|p| p.factors.as_ref());
+            parts.extend(factors().map(|(a, ..)| a.clone()));
+            for (_, b, gain) in factors() {
+                parts.push(b.clone());
+                parts.extend(gain.clone());
+            }
+        }
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let flat = parts.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Some(Self { values: Tensor::cat(&flat, 0)?, parts }))
+    }
+
+    /// Each tensor the vector is made of, with its part of the vector's gradient.
+    ///
+    /// # Errors
+    /// If the gradient is of another length.
+    pub fn split(&self, gradient: &Tensor) -> Result<Vec<(&Tensor, Tensor)>> {
+        let mut start = 0;
+        let part = |part| {
+            let count = Tensor::elem_count(part);
+            start += count;
+            Ok((part, gradient.narrow(0, start - count, count)?.reshape(part.shape())?))
+        };
+        self.parts.iter().map(part).collect()
+    }
+}
+
+/// Puts dense frozen weights of maps with one input one after the other in memory, where a device multiplies them as one. Other
+/// weights, and those on the CPU, stay where they are.
 ///
 /// # Errors
-/// If tensors are on different devices.
-pub fn flat_parameters(groups: &[&[Projected]]) -> Result<Option<Tensor>> {
-    let mut parts = Vec::new();
-    for group in groups {
-        let factors = || group.iter().filter_map(|p| p.factors.as_ref());
-        factors().try_for_each(|(a, ..)| a.flatten_all().map(|a| parts.push(a)))?;
-        for (_, b, gain) in factors() {
-            parts.push(b.flatten_all()?);
-            parts.extend(gain.clone());
-        }
+/// If the device is out of memory.
+pub fn lay_together(linears: &mut [Linear]) -> Result<()> {
+    let weights: Option<Vec<&Tensor>> = linears.iter().map(|l| l.base.as_dense()).collect();
+    let Some(weights) = weights.filter(|w| w.len() > 1 && w.iter().all(|w| !w.device().is_cpu())) else {
+        return Ok(());
+    };
+    if weights.iter().any(|w| w.dtype() != weights[0].dtype() || w.dims()[1..] != weights[0].dims()[1..]) {
+        return Ok(());
     }
-    if parts.is_empty() { Ok(None) } else { Ok(Some(Tensor::cat(&parts, 0)?)) }
+    let all = Tensor::cat(&weights, 0)?;
+    let mut start = 0;
+    for linear in linears {
+        let count = linear.base.d_out();
+        linear.base = Arc::new(FrozenWeight::dense(all.narrow(0, start, count)?)?);
+        start += count;
+    }
+    Ok(())
 }
 
 /// A normalisation over the last dimension.

@@ -19,8 +19,11 @@ pub mod low_rank;
 pub mod norm;
 pub mod part;
 pub mod rope;
+pub mod rows;
 pub mod softmax;
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod element;
 mod math;
 mod matmul;

@@ -41,7 +41,7 @@ fn segments(case: Case) -> Arc<Segments> {
         _ => 7,
     };
     let row = |t: usize| (0..case.b).flat_map(move |_| (0..t).map(move |i| id(i, t))).collect();
-    Arc::new(Segments { query: row(case.tq), key: row(case.tk), batch: case.b })
+    Arc::new(Segments::new(row(case.tq), row(case.tk), case.b))
 }
 
 const CASES: [Case; 12] = [
@@ -131,7 +131,7 @@ fn packed_segments_equal_separate_sequences() {
     let case = Case { b: 1, tq: 90, tk: 90, h: 4, kv: 2, d: 16, dv: 16 };
     let x = inputs(case, 8, DType::F32);
     let ids: Vec<u32> = (0..90).map(|i| if i < 37 { 4 } else { 2 }).collect();
-    let segments = Arc::new(Segments { query: ids.clone(), key: ids, batch: 1 });
+    let segments = Arc::new(Segments::new(ids.clone(), ids, 1));
     let spec = AttentionSpec { causal: true, ..plain(16) };
     let packed = attention(&x[0], &x[1], &x[2], &AttentionSpec { segments: Some(segments), ..spec.clone() }).unwrap();
     for (start, len) in [(0, 37), (37, 53)] {
@@ -215,7 +215,7 @@ fn wrong_inputs_are_named() {
     assert!(attention(&x[0], &x[1].to_dtype(DType::BF16).unwrap(), &x[2], &plain(4)).is_err());
     let cap = AttentionSpec { softcap: Some(0.0), ..plain(4) };
     assert!(message(attention(&x[0], &x[1], &x[2], &cap)).contains("soft cap"));
-    let short = Arc::new(Segments { query: vec![0; 2], key: vec![0; 3], batch: 1 });
+    let short = Arc::new(Segments::new(vec![0; 2], vec![0; 3], 1));
     let spec = AttentionSpec { segments: Some(short), ..plain(4) };
     assert!(message(attention(&x[0], &x[1], &x[2], &spec)).contains("2 query"));
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::module::{FlatParameters, Linear, Norm, lay_together};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::attention::attention;
 use espalier_kernels::part::AttentionPart;
@@ -33,7 +33,7 @@ impl Attention {
     pub(crate) fn load(build: &mut Builder<'_>, block: &str, layer: usize) -> Result<Self> {
         let c: &ModelConfig = build.config;
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let qkv = match c.names.qkv {
+        let mut qkv: Vec<Linear> = match c.names.qkv {
             Projections::Fused(name) => {
                 vec![build.linear(&format!("{block}.{name}"), q + 2 * kv, c.hidden, c.qkv_bias)?]
             }
@@ -43,6 +43,7 @@ impl Attention {
                 .map(|(name, width)| build.linear(&format!("{block}.{name}"), width, c.hidden, c.qkv_bias))
                 .collect::<Result<_>>()?,
         };
+        lay_together(&mut qkv)?;
         let o = build.linear(&format!("{block}.{}", c.names.o), c.hidden, q, c.o_bias)?;
         let mut head_norm =
             |name: &str| c.qk_norm.then(|| build.norm(&format!("{block}.self_attn.{name}"), c.head_dim)).transpose();
@@ -95,7 +96,7 @@ impl Attention {
         residual: bool,
         context: &Context,
         flow: &Flow,
-    ) -> Result<Option<(Arc<AttentionPart>, Option<Tensor>)>> {
+    ) -> Result<Option<(Arc<AttentionPart>, Option<FlatParameters>)>> {
         if self.q_norm.is_some() || self.k_norm.is_some() {
             return Ok(None);
         }
@@ -111,7 +112,8 @@ impl Attention {
             spec: context.attention(self.layer).clone(),
             residual,
         };
-        Ok(Some((Arc::new(part), fused.parameters)))
+        let values = fused.parameters.as_ref().map(|p| &p.values);
+        Ok(part.is_fused(x, values)?.then(|| (Arc::new(part), fused.parameters)))
     }
 
     pub(crate) fn walk(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::module::{FlatParameters, Linear, Norm, lay_together};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::activation::{Activation, activate, gated};
 use espalier_kernels::part::{FeedForwardPart, Node, attention_part, feed_forward_part};
@@ -29,7 +29,7 @@ struct Mlp {
 impl Mlp {
     fn load(build: &mut Builder<'_>, block: &str) -> Result<Self> {
         let c = build.config;
-        let gate_up = match c.names.gate_up {
+        let mut gate_up: Vec<Linear> = match c.names.gate_up {
             Projections::Fused(name) => {
                 vec![build.linear(&format!("{block}.{name}"), 2 * c.intermediate, c.hidden, c.mlp_bias)?]
             }
@@ -38,6 +38,7 @@ impl Mlp {
                 .map(|name| build.linear(&format!("{block}.{name}"), c.intermediate, c.hidden, c.mlp_bias))
                 .collect::<Result<_>>()?,
         };
+        lay_together(&mut gate_up)?;
         let down = build.linear(&format!("{block}.{}", c.names.down), c.hidden, c.intermediate, c.mlp_bias)?;
         Ok(Self { gate_up, down, activation: c.activation, gated: c.gated, width: c.intermediate })
     }
@@ -63,7 +64,7 @@ impl Mlp {
         norm: Option<&Norm>,
         residual: bool,
         flow: &Flow,
-    ) -> Result<Option<(Arc<FeedForwardPart>, Option<Tensor>)>> {
+    ) -> Result<Option<(Arc<FeedForwardPart>, Option<FlatParameters>)>> {
         let Some(fused) = Fused::of(x, norm, &self.gate_up, &self.down, flow)? else { return Ok(None) };
         let part = FeedForwardPart {
             norm: fused.norm,
@@ -73,17 +74,18 @@ impl Mlp {
             gated: self.gated,
             residual,
         };
-        Ok(Some((Arc::new(part), fused.parameters)))
+        let values = fused.parameters.as_ref().map(|p| &p.values);
+        Ok(part.is_fused(x, values)?.then(|| (Arc::new(part), fused.parameters)))
     }
 }
 
 /// Flat parameters, each with its gradient.
-pub type FlatGradients = Vec<(Tensor, Tensor)>;
+pub type FlatGradients = Vec<(FlatParameters, Tensor)>;
 
 /// One pass through a block, to go back through without a tape.
 #[derive(Debug)]
 pub struct BlockPass {
-    nodes: [(Node, Option<Tensor>); 2],
+    nodes: [(Node, Option<FlatParameters>); 2],
 }
 
 impl BlockPass {
@@ -95,7 +97,7 @@ impl BlockPass {
     pub fn backward(self, g: &Tensor, wants_x: bool) -> Result<(Option<Tensor>, FlatGradients)> {
         let [(attention, a), (mlp, m)] = self.nodes;
         let mut gradients = Vec::with_capacity(2);
-        let trained = |flat: &Option<Tensor>| flat.as_ref().is_some_and(Tensor::track_op);
+        let trained = |flat: &Option<FlatParameters>| flat.as_ref().is_some_and(|flat| flat.values.track_op());
         let (dx, d) = mlp.backward(g, (true, trained(&m)))?;
         gradients.extend(m.zip(d));
         drop(mlp);
@@ -160,8 +162,8 @@ impl Block {
         let attention = self.attention.part(x, Some(&n[0]), true, context, flow)?;
         let mlp = self.mlp.part(x, Some(&n[1]), true, flow)?;
         let (Some((attention, a)), Some((mlp, m))) = (attention, mlp) else { return Ok(None) };
-        let (y, attention) = attention.node(x, a.as_ref())?;
-        let (y, mlp) = mlp.node(&y, m.as_ref())?;
+        let (y, attention) = attention.node(x, a.as_ref().map(|a| &a.values))?;
+        let (y, mlp) = mlp.node(&y, m.as_ref().map(|m| &m.values))?;
         Ok(Some((y, BlockPass { nodes: [(attention, a), (mlp, m)] })))
     }
 
@@ -178,7 +180,7 @@ impl Block {
         if cache.is_none()
             && let Some((part, parameters)) = self.attention.part(x, norm, residual, context, flow)?
         {
-            return Ok(attention_part(x, parameters.as_ref(), &part)?);
+            return Ok(attention_part(x, parameters.as_ref().map(|p| &p.values), &part)?);
         }
         let y = match norm {
             Some(norm) => self.attention.forward(&norm.forward(x)?, context, flow, cache)?,
@@ -190,7 +192,7 @@ impl Block {
     /// The same for the feed-forward part.
     fn feed(&self, x: &Tensor, norm: Option<&Norm>, residual: bool, flow: &Flow) -> Result<Tensor> {
         if let Some((part, parameters)) = self.mlp.part(x, norm, residual, flow)? {
-            return Ok(feed_forward_part(x, parameters.as_ref(), &part)?);
+            return Ok(feed_forward_part(x, parameters.as_ref().map(|p| &p.values), &part)?);
         }
         let y = match norm {
             Some(norm) => self.mlp.forward(&norm.forward(x)?, flow)?,

@@ -108,7 +108,7 @@ impl KvCache {
             return Ok(None);
         }
         let query = input.segments.clone().unwrap_or_else(|| vec![0; input.batch * input.length]);
-        Ok(Some(Arc::new(Segments { query, key: self.segments.concat(), batch: input.batch })))
+        Ok(Some(Arc::new(Segments::new(query, self.segments.concat(), input.batch))))
     }
 
     /// Keeps only the given rows, in their order (finished sequences leave the batch).

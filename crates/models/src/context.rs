@@ -1,7 +1,7 @@
 //! What all blocks of one forward pass share: rotary tables and the shape of attention.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use espalier_kernels::attention::{AttentionSpec, Segments};
@@ -25,11 +25,11 @@ impl Context {
         config: &ModelConfig,
         input: &TokenBatch,
         segments: Option<Arc<Segments>>,
-        dtype: DType,
-        device: &Device,
+        (dtype, device): (DType, &Device),
+        tables: &RotaryTables,
     ) -> Result<Self> {
         let rotary = match &config.positions {
-            Positions::Rope(spec) => Some(rotary(spec, input, dtype, device)?),
+            Positions::Rope(spec) => Some(tables.of(spec, input, (dtype, device))?),
             Positions::Learned { .. } => None,
         };
         let full = AttentionSpec {
@@ -45,6 +45,29 @@ impl Context {
 
     pub(crate) fn attention(&self, layer: usize) -> &AttentionSpec {
         self.windows.get(layer).and_then(|w| self.specs.get(w)).unwrap_or(&self.full)
+    }
+}
+
+/// The tables of the positions asked for last: most steps of a run ask for the same ones.
+#[derive(Debug, Default)]
+pub(crate) struct RotaryTables(Mutex<Option<Tables>>);
+
+#[derive(Debug)]
+struct Tables {
+    positions: Vec<u32>,
+    length: usize,
+    tables: (Tensor, Tensor),
+}
+
+impl RotaryTables {
+    fn of(&self, spec: &RopeSpec, input: &TokenBatch, on: (DType, &Device)) -> Result<(Tensor, Tensor)> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = last.as_ref().filter(|l| l.length == input.length && l.positions == input.positions) {
+            return Ok(last.tables.clone());
+        }
+        let tables = rotary(spec, input, on.0, on.1)?;
+        *last = Some(Tables { positions: input.positions.clone(), length: input.length, tables: tables.clone() });
+        Ok(tables)
     }
 }
 

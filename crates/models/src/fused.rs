@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use espalier_adapters::Flow;
-use espalier_adapters::module::{Linear, Norm, flat_parameters, projections};
+use espalier_adapters::module::{FlatParameters, Linear, Norm, projections};
 use espalier_kernels::part::{PartNorm, Projection, is_fused};
 
 use crate::Result;
@@ -12,11 +12,11 @@ pub(crate) struct Fused {
     pub(crate) norm: Option<PartNorm>,
     pub(crate) inputs: Vec<Projection>,
     pub(crate) output: Projection,
-    pub(crate) parameters: Option<Tensor>,
+    pub(crate) parameters: Option<FlatParameters>,
 }
 
 impl Fused {
-    /// None where a module has no such form: a trained norm or bias, an adapter that is no low-rank product, another device.
+    /// None where a module has no such form: a trained norm or bias, an adapter that is no low-rank product.
     pub(crate) fn of(
         x: &Tensor,
         norm: Option<&Norm>,
@@ -35,9 +35,8 @@ impl Fused {
         let (Some(inputs), Some(output)) = (projections(inputs, flow)?, output.projection(flow)?) else {
             return Ok(None);
         };
-        let parameters = flat_parameters(&[&inputs, std::slice::from_ref(&output)])?;
+        let parameters = FlatParameters::of(&[&inputs, std::slice::from_ref(&output)])?;
         let inputs = inputs.into_iter().map(|p| p.projection).collect();
-        let fused = Self { norm, inputs, output: output.projection, parameters };
-        Ok(is_fused(x, fused.parameters.as_ref()).then_some(fused))
+        Ok(Some(Self { norm, inputs, output: output.projection, parameters }))
     }
 }

@@ -103,6 +103,6 @@ impl TokenBatch {
     /// Which tokens see each other, where the keys are the tokens themselves.
     pub(crate) fn own_segments(&self) -> Option<Arc<Segments>> {
         let ids = self.segments.clone()?;
-        Some(Arc::new(Segments { query: ids.clone(), key: ids, batch: self.batch }))
+        Some(Arc::new(Segments::new(ids.clone(), ids, self.batch)))
     }
 }

@@ -10,7 +10,7 @@ use crate::block::{Block, BlockPass};
 use crate::builder::Builder;
 use crate::cache::{KvCache, LayerCache};
 use crate::config::{HeadSpec, ModelConfig, Positions};
-use crate::context::Context;
+use crate::context::{Context, RotaryTables};
 use crate::head::Head;
 use crate::input::TokenBatch;
 use crate::load::Provenance;
@@ -30,6 +30,7 @@ pub struct Model {
     head: Head,
     device: Device,
     dtype: DType,
+    tables: RotaryTables,
     pub(crate) provenance: Provenance,
 }
 
@@ -78,6 +79,7 @@ impl Model {
             head,
             device,
             dtype: options.dtype,
+            tables: RotaryTables::default(),
             provenance,
         })
     }
@@ -129,7 +131,7 @@ impl Model {
     /// If the input does not fit the model.
     pub fn context(&self, input: &TokenBatch) -> Result<Context> {
         input.check()?;
-        Context::new(&self.config, input, input.own_segments(), self.dtype, &self.device)
+        Context::new(&self.config, input, input.own_segments(), (self.dtype, &self.device), &self.tables)
     }
 
     /// Vectors of the input's tokens [b, t, hidden].
@@ -282,7 +284,7 @@ impl Model {
             )));
         }
         let segments = cache.advance(input)?;
-        let context = Context::new(&self.config, input, segments, self.dtype, &self.device)?;
+        let context = Context::new(&self.config, input, segments, (self.dtype, &self.device), &self.tables)?;
         let mut x = self.embed(input)?;
         for i in 0..self.blocks.len() {
             x = self.block(i, &x, &context, flow, Some(&mut cache.layers[i]))?;

@@ -162,8 +162,9 @@ fn step_flops(s: &Shape, batch: usize, seq: usize) -> f64 {
         + 7.0 * n * seq as f64 * h * layers
 }
 
-fn peak_mib() -> u64 {
-    memory::peak().unwrap_or(0) >> 20
+/// Most memory in use at once: on a device what was allocated there, else the process's.
+fn peak_mib(device: &Device) -> Result<u64> {
+    Ok(memory::peak_on(device)?.unwrap_or(0) >> 20)
 }
 
 /// Times training steps: `warmup` untimed ones, then `steps`.
@@ -215,7 +216,7 @@ pub fn train(
             times.push(began.elapsed().as_secs_f64());
         }
     }
-    let peak_mib = peak_mib();
+    let peak_mib = peak_mib(model.device())?;
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
     let rate = matrix_rate(model.device(), model.dtype(), (batch * seq, shape.hidden, shape.ff))?;
@@ -281,7 +282,7 @@ pub fn generate(shape: &Shape, batch: usize, prompt: usize, new_tokens: usize) -
         new_tokens,
         prefill_tokens_per_s: (batch * prompt) as f64 / prefill,
         decode_tokens_per_s: (batch * new_tokens) as f64 / decode,
-        peak_mib: peak_mib(),
+        peak_mib: peak_mib(model.device())?,
     })
 }
 

@@ -1,6 +1,6 @@
 //! How much memory a run will need, by item, before it starts; and how much it uses.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use espalier_adapters::{Host, ModuleMut, ParameterMap};
 use espalier_models::Model;
 use espalier_models::config::NormPlacement;
@@ -134,6 +134,19 @@ pub fn available() -> Option<u64> {
 /// Peak resident memory of this process so far, in bytes.
 pub fn peak() -> Option<u64> {
     status("/proc/self/status", "VmHWM:")
+}
+
+/// Most memory in use at once so far: on a CUDA device what was allocated there, else what the process held, in bytes.
+///
+/// # Errors
+/// If the device's driver refuses.
+pub fn peak_on(device: &Device) -> Result<Option<u64>> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return Ok(espalier_kernels::cuda::peak_memory(device)?);
+    }
+    let _ = device;
+    Ok(peak())
 }
 
 /// Resident memory of this process now, in bytes.

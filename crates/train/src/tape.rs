@@ -7,15 +7,17 @@
 use std::collections::HashMap;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId, Var};
+use espalier_adapters::module::FlatParameters;
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
+use espalier_kernels::rows::put_rows;
 use espalier_models::{BlockPass, Model, TokenBatch};
 
 use crate::Result;
 use crate::objective::Targets;
 
-/// Scores in memory at once, in values.
-const HEAD_VALUES: usize = 1 << 24;
+/// Scores in memory at once, in values, on the CPU and on a device.
+const HEAD_VALUES: [usize; 2] = [1 << 24, 1 << 26];
 
 /// Sums of gradients, in the order of the trainable parameters.
 #[derive(Debug)]
@@ -49,17 +51,33 @@ impl Gradients {
         let mut grads = loss.backward()?;
         for (id, index) in &self.order {
             if let Some(gradient) = grads.get_id(*id) {
-                let gradient = gradient.detach();
-                let sum = &mut self.sums[*index];
-                *sum = Some(match sum.take() {
-                    Some(sum) => (sum + gradient)?,
-                    None => gradient,
-                });
+                add_to(&mut self.sums[*index], gradient.detach())?;
             }
         }
         debug_assert_eq!(self.order.len(), self.tensors.len());
         Ok(leaf.and_then(|leaf| grads.remove(leaf)).map(|g| g.detach()))
     }
+
+    /// Adds the gradient of a fused operation's parameters: to a trained tensor itself, over the tape to what it was made of.
+    fn add_flat(&mut self, flat: &FlatParameters, gradient: &Tensor) -> Result<()> {
+        for (part, gradient) in flat.split(gradient)? {
+            match self.order.get(&part.id()) {
+                Some(index) => add_to(&mut self.sums[*index], gradient)?,
+                None if part.track_op() => drop(self.add(&seed(part, gradient)?, None)?),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds to a sum that may not have begun.
+fn add_to(sum: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
+    *sum = Some(match sum.take() {
+        Some(sum) => (sum + gradient)?,
+        None => gradient,
+    });
+    Ok(())
 }
 
 /// The input of a model for a batch of data. Padding on the right needs no mask where tokens see only what is before them.
@@ -185,7 +203,7 @@ pub fn accumulate(
             Record::Pass(pass) => {
                 let (dx, parameters) = pass.backward(&upstream, wanted)?;
                 for (flat, gradient) in parameters {
-                    gradients.add(&seed(&flat, gradient)?, None)?;
+                    gradients.add_flat(&flat, &gradient)?;
                 }
                 dx
             }
@@ -194,7 +212,11 @@ pub fn accumulate(
     if let (Start::Embeddings, Some(upstream)) = (start, dx) {
         gradients.add(&seed(&embedded, upstream)?, None)?;
     }
-    Ok(loss)
+    // Read last: until here a device is only given work.
+    Ok(match loss {
+        Some(loss) => loss.to_dtype(DType::F64)?.to_scalar::<f64>()?,
+        None => 0.0,
+    })
 }
 
 /// A scalar whose gradient for `y` is `upstream`; its value means nothing.
@@ -219,7 +241,7 @@ impl CustomOp1 for Seed {
     }
 }
 
-/// The head on the rows with a target, in chunks: summed loss, and the gradient of `x` [b, t, h] if wanted.
+/// The head on the rows with a target, in chunks: summed loss if there are any, and the gradient of `x` [b, t, h] if wanted.
 fn head(
     model: &Model,
     x: &Tensor,
@@ -228,19 +250,19 @@ fn head(
     scale: f64,
     wants_dx: bool,
     gradients: &mut Gradients,
-) -> Result<(f64, Option<Tensor>)> {
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
     let (b, t, h) = x.dims3()?;
     let flat = x.reshape((b * t, h))?;
-    let mut sum = 0.0;
+    let mut sum = None;
     let mut dx = wants_dx.then(|| flat.zeros_like()).transpose()?;
     for (places, labels) in chunks(model, targets) {
         let index = Tensor::new(places, x.device())?;
         let leaf = Var::from_tensor(&flat.index_select(&index, 0)?)?;
         let loss = chunk_loss(model, leaf.as_tensor(), labels, flow)?;
-        sum += loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        add_to(&mut sum, loss.detach().to_dtype(DType::F64)?)?;
         let d_rows = gradients.add(&(loss * scale)?, Some(leaf.as_tensor()))?;
         if let (Some(dx), Some(d_rows)) = (&mut dx, d_rows) {
-            *dx = dx.index_add(&index, &d_rows, 0)?;
+            *dx = put_rows(dx, &index, &d_rows)?;
         }
     }
     Ok((sum, dx.map(|dx| dx.reshape((b, t, h))).transpose()?))
@@ -249,7 +271,7 @@ fn head(
 /// Targets in chunks whose scores fit the bound.
 fn chunks<'a>(model: &Model, targets: &'a Targets) -> impl Iterator<Item = (&'a [u32], &'a [u32])> {
     let width = model.config().labels().unwrap_or(model.config().vocab).max(1);
-    let rows = (HEAD_VALUES / width).max(1);
+    let rows = (HEAD_VALUES[usize::from(!model.device().is_cpu())] / width).max(1);
     targets.places.chunks(rows).zip(targets.labels.chunks(rows))
 }
 

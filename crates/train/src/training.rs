@@ -300,7 +300,7 @@ impl<'a> Training<'a> {
             tokens: self.state.tokens,
             trained_tokens: self.state.trained_tokens,
             tokens_per_s: if self.timed.1 > 0.0 { self.timed.0 as f64 / self.timed.1 } else { 0.0 },
-            peak_memory_bytes: memory::peak(),
+            peak_memory_bytes: memory::peak_on(self.run.model.device())?,
             trainable_parameters: self.run.parameters.trainable_count(),
         })
     }

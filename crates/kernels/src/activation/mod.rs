@@ -7,6 +7,8 @@
 //! Cost:     one pass forward; the backward pass recomputes the activation instead of storing it
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub mod reference;
 
 use crate::fused;

@@ -10,6 +10,8 @@
 
 mod backward;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod decode;
 mod forward;
 mod mask;
@@ -35,7 +37,7 @@ pub struct AttentionSpec {
 }
 
 /// Segment ids of packed rows: attention stays within equal ids.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Segments {
     /// Id of each query, [b * tq], row-major.
     pub query: Vec<u32>,
@@ -43,9 +45,23 @@ pub struct Segments {
     pub key: Vec<u32>,
     /// The batch size b.
     pub batch: usize,
+    /// The ids of the queries on a device, once a kernel there asked for them.
+    #[cfg(feature = "cuda")]
+    uploaded: OnceLock<Tensor>,
 }
 
 impl Segments {
+    /// Ids of queries [batch * tq] and keys [batch * tk], row-major.
+    pub fn new(query: Vec<u32>, key: Vec<u32>, batch: usize) -> Self {
+        Self {
+            query,
+            key,
+            batch,
+            #[cfg(feature = "cuda")]
+            uploaded: OnceLock::new(),
+        }
+    }
+
     /// The id of padding, which neither attends nor is attended to.
     pub const PADDING: u32 = u32::MAX;
 }

@@ -1,4 +1,4 @@
-//! The output projection and the loss as one operation on the CPU.
+//! The output projection and the loss as one operation.
 //!
 //! Equation: z = x W^T; loss = logsumexp(z) - z_label; dx = (softmax(z) - e_label) W, made in the forward pass and scaled in
 //!           the backward pass
@@ -9,16 +9,18 @@ use crate::parallel::chunks;
 use crate::product::{Multiply, Term, multiply_into};
 use crate::vector::{exp_in_place, max, scale, sum_exp};
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 pub(super) struct LinearCrossEntropy {
-    weight: Arc<FrozenWeight>,
-    labels: Arc<[u32]>,
-    wants_gradient: bool,
+    pub(super) weight: Arc<FrozenWeight>,
+    pub(super) labels: Arc<[u32]>,
+    pub(super) wants_gradient: bool,
     /// dx [n, h] for a gradient of one, in the element type of x.
-    gradient: OnceLock<Box<dyn Any + Send + Sync>>,
+    pub(super) gradient: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl LinearCrossEntropy {
@@ -81,8 +83,17 @@ impl CustomOp1 for LinearCrossEntropy {
         Ok((CpuStorage::F32(losses), Shape::from(self.labels.len())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.forward_on(x, layout)
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
         let g = g.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return self.backward_on(x, &g).map(Some);
+        }
         let (storage, layout) = g.storage_and_layout();
         let factors = cpu_slice::<f32>(&storage, layout)?;
         by_dtype!(x.dtype(), self.name(), T => {

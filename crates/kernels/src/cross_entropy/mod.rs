@@ -5,14 +5,18 @@
 //! Cost:     two passes forward, one backward; saves one number a row. Rows of weight zero cost nothing and give zero
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod linear;
+#[cfg(feature = "cuda")]
+mod linear_cuda;
 pub mod reference;
 
 pub use crate::softmax::{log_softmax, softmax};
 
 use crate::frozen::FrozenWeight;
 use crate::fused;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use std::sync::{Arc, OnceLock};
 
 /// Cross entropy of each row of logits [n, v] against its label, times its weight if weights are given: `[n]`, in f32
@@ -48,6 +52,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &[u32], weights: Option<&[f32]>) -
     }
 }
 
+/// Whether a CUDA device makes scores and losses of rows `x` at once.
+fn runs_on_device(x: &Tensor, weight: &FrozenWeight) -> bool {
+    let bf16 = |t: &Tensor| t.device().is_cuda() && t.dtype() == DType::BF16;
+    cfg!(feature = "cuda") && bf16(x) && weight.as_dense().is_some_and(bf16)
+}
+
 /// Losses `[n]` of rows x [n, h] against `labels` through a frozen output projection `weight` [v, h]: [`cross_entropy`] of
 /// x W^T, where the gradient of x is made together with the scores, so that no scores are kept.
 ///
@@ -65,7 +75,8 @@ pub fn linear_cross_entropy(x: &Tensor, weight: &Arc<FrozenWeight>, labels: &[u3
     if let Some(row) = labels.iter().position(|&label| label as usize >= v) {
         bail!("linear_cross_entropy: label {} of row {row} is not below {v}", labels[row])
     }
-    if fused(x) && weight.device().is_cpu() {
+    let on_cpu = fused(x) && weight.device().is_cpu();
+    if on_cpu || runs_on_device(x, weight) {
         let op = linear::LinearCrossEntropy::new(weight.clone(), Arc::from(labels), x.track_op());
         x.contiguous()?.apply_op1(op)
     } else {

@@ -7,6 +7,8 @@
 //! Cost:     2 n d_in d_out FLOPs; stored weights are widened block by block, never as a whole matrix
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod gguf;
 mod int8;
 mod nf4;

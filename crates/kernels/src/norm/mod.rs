@@ -7,6 +7,10 @@
 //! Cost:     one pass forward, one pass backward; nothing saved but the inputs
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+mod frozen_cuda;
 pub mod reference;
 
 use crate::fused;
@@ -32,6 +36,11 @@ fn check(op: &str, name: &str, x: &Tensor, vector: &Tensor) -> Result<()> {
 /// `offset` is 0 for Llama, 1 for Gemma. The weight may be of another float type than x. Gradients for x and weight.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Tensor> {
     check("rms_norm", "weight", x, weight)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && x.dtype() == DType::BF16 && !weight.track_op() {
+        let kind = cuda::Kind::Rms { offset };
+        return x.contiguous()?.apply_op1(frozen_cuda::FrozenNorm { kind, weight: weight.contiguous()?, bias: None, eps });
+    }
     if fused(x) {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         x.contiguous()?.apply_op2(&weight, cpu::RmsNorm { eps: eps as f32, offset: offset as f32 })
@@ -47,6 +56,16 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
     check("layer_norm", "weight", x, weight)?;
     if let Some(bias) = bias {
         check("layer_norm", "bias", x, bias)?;
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && x.dtype() == DType::BF16
+        && !weight.track_op()
+        && bias.is_none_or(|bias| !bias.track_op())
+    {
+        let bias = bias.map(Tensor::contiguous).transpose()?;
+        let (kind, weight) = (cuda::Kind::Layer, weight.contiguous()?);
+        return x.contiguous()?.apply_op1(frozen_cuda::FrozenNorm { kind, weight, bias, eps });
     }
     if fused(x) {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;

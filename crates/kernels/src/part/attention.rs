@@ -4,9 +4,13 @@
 //! Shapes:   x and y [b, t, h]; kept: q, k, v after rotation, the attention's output and ln-sums
 //! Source:   as `crate::attention` and `crate::rope`, in reverse mode; the norm is computed again on the way back
 
+#[cfg(feature = "cuda")]
+use super::cuda::{BackOn, Flat, Rows};
 use super::group::{Group, Kept, groups};
-use super::node::{Back, Node, Part, apply, node};
+use super::node::{Back, Node, Part, apply, node, runs};
 use super::{PartNorm, Projection, finish, join, normed, reference, split};
+#[cfg(feature = "cuda")]
+use crate::cuda::{Gpu, View};
 use crate::attention::cpu::{gradients, run};
 use crate::attention::{AttentionSpec, Dims};
 use crate::element::Element;
@@ -53,15 +57,23 @@ impl AttentionPart {
         node(self, x, parameters)
     }
 
-    fn groups(&self) -> (Group<'_>, Group<'_>) {
+    /// Whether the part runs fused for rows `x` [b, t, h] with these flat parameters.
+    ///
+    /// # Errors
+    /// If the device's kernels cannot be loaded.
+    pub fn is_fused(&self, x: &Tensor, parameters: Option<&Tensor>) -> Result<bool> {
+        runs(self, x, parameters)
+    }
+
+    pub(super) fn groups(&self) -> (Group<'_>, Group<'_>) {
         groups(&self.inputs, &self.output)
     }
 
-    fn widths(&self) -> [usize; 3] {
+    pub(super) fn widths(&self) -> [usize; 3] {
         [self.heads, self.kv_heads, self.kv_heads].map(|heads| heads * self.head_dim)
     }
 
-    fn dims(&self, (b, t): (usize, usize)) -> Dims {
+    pub(super) fn dims(&self, (b, t): (usize, usize)) -> Dims {
         let (h, kv, d) = (self.heads, self.kv_heads, self.head_dim);
         Dims { b, tq: t, tk: t, h, kv, d, dv: d }
     }
@@ -165,5 +177,23 @@ impl Part for AttentionPart {
 
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
         reference::attention_part(x, parameters, self)
+    }
+
+    #[cfg(feature = "cuda")]
+    type SavedOn = super::cuda::attention::SavedOn;
+
+    #[cfg(feature = "cuda")]
+    fn supports_on(&self, gpu: &Gpu, size: (usize, usize)) -> bool {
+        self.fits_kernels(gpu, size)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Self::SavedOn)> {
+        self.run(gpu, x, flat, size)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn backward_on(&self, gpu: &Gpu, saved: &Self::SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>> {
+        self.run_back(gpu, saved, back)
     }
 }

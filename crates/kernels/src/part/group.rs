@@ -14,23 +14,23 @@ use std::ops::Range;
 
 /// Projections of one input, and where their factors lie in the flat parameters.
 pub(super) struct Group<'a> {
-    members: &'a [Projection],
-    d_in: usize,
+    pub(super) members: &'a [Projection],
+    pub(super) d_in: usize,
     /// A of all members, one below the other: [ranks, d_in].
-    a: Range<usize>,
-    ranks: usize,
-    places: Vec<Place>,
+    pub(super) a: Range<usize>,
+    pub(super) ranks: usize,
+    pub(super) places: Vec<Place>,
     /// Where the parameters of the group end.
     pub(super) end: usize,
 }
 
 /// The factors of one member.
-struct Place {
+pub(super) struct Place {
     /// First row of the member in A.
-    row: usize,
-    rank: usize,
-    b: Range<usize>,
-    gain: Option<Range<usize>>,
+    pub(super) row: usize,
+    pub(super) rank: usize,
+    pub(super) b: Range<usize>,
+    pub(super) gain: Option<Range<usize>>,
 }
 
 /// What a forward pass keeps.

@@ -9,6 +9,8 @@
 //!           norms and activations are computed again
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod feed_forward;
 mod gain;
 mod group;
@@ -156,9 +158,12 @@ fn sum<T: Element>(mut a: Vec<T>, b: &[T]) -> Vec<T> {
     a
 }
 
-/// Whether a part runs fused for rows like `x`: f32, bf16 or f16 on the CPU, with its parameters in f32 beside them.
+/// Whether parts may run fused for rows like `x`: f32, bf16 or f16 on the CPU, bf16 on a CUDA device where the crate is built for
+/// it; with their parameters in f32 beside them.
 pub fn is_fused(x: &Tensor, parameters: Option<&Tensor>) -> bool {
-    crate::fused(x) && parameters.is_none_or(|p| p.dtype() == DType::F32 && p.device().is_cpu())
+    let on_device = cfg!(feature = "cuda") && x.device().is_cuda() && x.dtype() == DType::BF16;
+    (crate::fused(x) || on_device)
+        && parameters.is_none_or(|p| p.dtype() == DType::F32 && p.device().same_device(x.device()))
 }
 
 /// The flat parameters of a part without any.

@@ -1,10 +1,18 @@
 //! What makes a part an operation of the tape, or a node without one: the same for every part.
 
+#[cfg(feature = "cuda")]
+use super::cuda::{BackOn, Flat, Rows};
 use super::{check, is_fused, no_parameters};
+#[cfg(feature = "cuda")]
+use crate::cuda::{Gpu, View, address, address_of};
 use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
 use crate::product::Multiply;
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, Device};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
+#[cfg(feature = "cuda")]
+use half::bf16;
 use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
@@ -29,6 +37,18 @@ pub(super) trait Part: Send + Sync + 'static {
     fn backward<T: Multiply>(&self, saved: &Self::Saved<T>, back: Back<'_, T>) -> Result<Option<Vec<T>>>;
     /// The result by definition.
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor>;
+    /// What a forward pass on a CUDA device keeps.
+    #[cfg(feature = "cuda")]
+    type SavedOn: Send + Sync + 'static;
+    /// Whether the kernels of a CUDA device handle rows of that size (b, t).
+    #[cfg(feature = "cuda")]
+    fn supports_on(&self, gpu: &Gpu, size: (usize, usize)) -> bool;
+    /// The result [b * t, h] on a CUDA device.
+    #[cfg(feature = "cuda")]
+    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Self::SavedOn)>;
+    /// As [`Self::backward`], on a CUDA device.
+    #[cfg(feature = "cuda")]
+    fn backward_on(&self, gpu: &Gpu, saved: &Self::SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>>;
 }
 
 /// What a backward pass has.
@@ -63,10 +83,24 @@ fn checked<P: Part>(part: &P, x: &Tensor, parameters: Option<Tensor>) -> Result<
     Ok(parameters)
 }
 
+/// Whether a part runs fused for rows `x`.
+pub(super) fn runs<P: Part>(part: &P, x: &Tensor, parameters: Option<&Tensor>) -> Result<bool> {
+    if !is_fused(x, parameters) {
+        return Ok(false);
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let (b, t, _) = x.dims3()?;
+        return Ok(part.supports_on(&*Gpu::of(x.device())?, (b, t)));
+    }
+    let _ = part;
+    Ok(true)
+}
+
 /// The result of a part on the tape.
 pub(super) fn apply<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tensor>) -> Result<Tensor> {
     let parameters = checked(&**part, x, parameters.cloned())?;
-    if is_fused(x, Some(&parameters)) {
+    if runs(&**part, x, Some(&parameters))? {
         x.contiguous()?.apply_op2(&parameters, Pass::new(part))
     } else {
         part.reference(x, &parameters)
@@ -75,9 +109,14 @@ pub(super) fn apply<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tens
 
 /// The result of a part off the tape, and the way back.
 pub(super) fn node<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
-    if !is_fused(x, parameters) {
-        let dtype = x.dtype();
-        bail!("{} without the tape: x is {dtype:?}, expected f32, bf16 or f16 on the CPU and f32 parameters", P::NAME)
+    if !runs(&**part, x, parameters)? {
+        bail!(
+            "{} without the tape: x is {:?} {:?} on {:?}, which no fused kernel handles with these parameters",
+            P::NAME,
+            x.dtype(),
+            x.dims(),
+            x.device().location()
+        )
     }
     let parameters = checked(&**part, x, parameters.map(Tensor::detach))?;
     let (x, op) = (x.detach().contiguous()?, Pass::new(part));
@@ -99,6 +138,17 @@ impl<P: Part> CustomOp2 for Pass<P> {
             <T as WithDType>::to_cpu_storage_owned(y)
         });
         Ok((out, lx.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, lx: &Layout, p: &CudaStorage, lp: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (b, t, _) = lx.shape().dims3()?;
+        let gpu = Gpu::of(&Device::Cuda(x.device.clone()))?;
+        let flat = Flat::new(&gpu, p, lp)?;
+        let rows = View::new(address_of::<bf16>(x, lx)?, lx.dims()[2]);
+        let (y, saved) = self.part.forward_on(&gpu, rows, &flat, (b, t))?;
+        let _ = self.saved.set(Box::new((flat, saved)));
+        Ok((CudaStorage::wrap_cuda_slice(y.into_data(), gpu.device.clone()), lx.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, p: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -128,6 +178,10 @@ impl<P: Part> Differentiable for Pass<P> {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
         let g = g.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return self.gradients_on(x, p, &g, (wants_x, wants_p));
+        }
         let ((sx, lx), (sp, lp), (sg, lg)) = (x.storage_and_layout(), p.storage_and_layout(), g.storage_and_layout());
         let parameters = cpu_slice::<f32>(&sp, lp)?;
         let mut d_parameters = wants_p.then(|| vec![0f32; parameters.len()]);
@@ -142,6 +196,35 @@ impl<P: Part> Differentiable for Pass<P> {
             let dx = self.part.backward::<T>(saved, back)?;
             Ok((dx.map(|dx| tensor_like(dx, x)).transpose()?, d_parameters.map(|d| tensor_like(d, p)).transpose()?))
         })
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<P: Part> Pass<P> {
+    fn gradients_on(
+        &self,
+        x: &Tensor,
+        p: &Tensor,
+        g: &Tensor,
+        (wants_x, wants_p): (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (b, t, h) = x.dims3()?;
+        let gpu = Gpu::of(x.device())?;
+        let Some((flat, saved)) = self.saved.get().and_then(|s| s.downcast_ref::<(Flat, P::SavedOn)>()) else {
+            bail!("{}: backward before forward", P::NAME)
+        };
+        let d_parameters = wants_p.then(|| gpu.zeros::<f32>(p.elem_count())).transpose()?;
+        let back = BackOn {
+            x: View::new(address::<bf16>(x)?, h),
+            g: View::new(address::<bf16>(g)?, h),
+            flat,
+            size: (b, t),
+            d_parameters: d_parameters.as_ref().map(|d| gpu.address(d)),
+            wants_x,
+        };
+        let dx = self.part.backward_on(&gpu, saved, &back)?;
+        let dx = dx.map(|dx| dx.into_tensor(&gpu, x.dims()));
+        Ok((dx, d_parameters.map(|d| gpu.tensor(d, p.dims()))))
     }
 }
 

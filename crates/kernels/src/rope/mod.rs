@@ -6,6 +6,8 @@
 //! Cost:     one pass; the backward pass is the inverse rotation of the gradient
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub mod reference;
 
 use crate::fused;

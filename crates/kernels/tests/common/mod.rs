@@ -1,6 +1,8 @@
 //! What the tests of the kernels share: random tensors, comparison with an f64 reference, finite differences, pools.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub(crate) mod parts;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

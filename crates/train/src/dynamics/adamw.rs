@@ -69,6 +69,7 @@ impl AdamW {
     pub fn step(&mut self, gradients: &[Option<Tensor>], scale: f64, settings: AdamWStep) -> Result<()> {
         self.step += 1;
         let t = self.step as i32;
+        let mut together = Vec::new();
         for (i, gradient) in gradients.iter().enumerate().take(self.parameters.len()) {
             let Some(gradient) = gradient else { continue };
             let lr = settings.lr * self.factors[i];
@@ -83,6 +84,10 @@ impl AdamW {
                 scale: scale as f32,
             };
             let (p, m, v) = (&self.parameters[i], &self.first[i], &self.second[i]);
+            if in_place([p, m, v]) {
+                together.push((i, gradient.to_dtype(DType::F32)?.contiguous()?, update));
+                continue;
+            }
             let (p_new, m_new, v_new) = match p.device() {
                 Device::Cpu => update.on_host(p, gradient, m, v)?,
                 _ => update.on_device(p, gradient, m, v)?,
@@ -91,10 +96,37 @@ impl AdamW {
             self.first[i] = m_new;
             self.second[i] = v_new;
         }
+        self.step_in_place(&together)
+    }
+
+    /// The updates of parameters and moments that one launch writes where they are.
+    #[cfg(feature = "cuda")]
+    fn step_in_place(&self, together: &[(usize, Tensor, Update)]) -> Result<()> {
+        use espalier_kernels::cuda::optimizer;
+        let Some(&(_, _, Update { lerp, beta2, square, root, eps, scale, .. })) = together.first() else {
+            return Ok(());
+        };
+        let updates: Vec<_> = together
+            .iter()
+            .map(|(i, gradient, update)| optimizer::Update {
+                parameter: &self.parameters[*i],
+                gradient,
+                first: &self.first[*i],
+                second: &self.second[*i],
+                keep: update.keep,
+                rate: update.rate,
+            })
+            .collect();
+        Ok(optimizer::adamw(&updates, optimizer::Scalars { lerp, beta2, square, root, eps, scale })?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn step_in_place(&self, _: &[(usize, Tensor, Update)]) -> Result<()> {
         Ok(())
     }
 
-    /// Moments by name, for checkpoints: `m.<name>` and `v.<name>`.
+    /// Moments by name, for checkpoints: `m.<name>` and `v.<name>`. On a CUDA device they are the moments themselves, which
+    /// the next step changes.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let moments = |prefix: &str, tensors: &[Tensor]| {
             self.names.iter().zip(tensors).map(|(n, t)| (format!("{prefix}.{n}"), t.clone())).collect::<Vec<_>>()
@@ -111,6 +143,8 @@ impl AdamW {
             let shape = self.parameters[i].shape().clone();
             let device = self.parameters[i].device().clone();
             let mut take = |prefix: &str| match state.remove(&format!("{prefix}.{name}")) {
+                // A copy, for a step may write the moments where they are.
+                Some(t) if *t.shape() == shape && t.device().same_device(&device) => Ok(t.copy()?),
                 Some(t) if *t.shape() == shape => Ok(t.to_device(&device)?),
                 Some(t) => {
                     Err(Error::run(format!("{prefix}.{name}"), format!("shape {:?}, wanted {shape:?}", t.shape())))
@@ -128,6 +162,17 @@ impl AdamW {
             }
         }
     }
+}
+
+/// Whether a parameter and its moments are updated together with others, where they are.
+#[cfg(feature = "cuda")]
+fn in_place(tensors: [&Tensor; 3]) -> bool {
+    tensors.into_iter().all(espalier_kernels::cuda::optimizer::takes)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn in_place(_: [&Tensor; 3]) -> bool {
+    false
 }
 
 /// The scalars of one parameter's update, rounded as the reference rounds them.

@@ -27,6 +27,14 @@ pub fn rate_factors(recipe: &Recipe, parameters: &ParameterMap) -> Result<Vec<f6
 /// # Errors
 /// If a gradient cannot be read.
 pub fn global_norm(gradients: &[Option<Tensor>]) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    {
+        use espalier_kernels::cuda::optimizer::{sum_of_squares, takes};
+        let all: Vec<&Tensor> = gradients.iter().flatten().collect();
+        if all.first().is_some_and(|f| all.iter().all(|g| takes(g) && g.device().same_device(f.device()))) {
+            return Ok(sum_of_squares(&all)?.sqrt());
+        }
+    }
     let mut square = 0.0;
     for gradient in gradients.iter().flatten() {
         let values = gradient.flatten_all()?.to_dtype(candle_core::DType::F32)?.to_vec1::<f32>()?;

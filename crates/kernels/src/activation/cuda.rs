@@ -1,0 +1,139 @@
+//! Activations on a CUDA device, in bf16; the backward passes write the forward result again, so that it need not be kept.
+//!
+//! Equation: forward  out = act(x), or act(gate) up
+//!           backward dx = d_out act'(x); d_gate = d_inner up act'(gate), d_up = d_inner act(gate)
+//! Shapes:   all [rows, f] bf16; results may be written over inputs of the same kernel
+//! Cost:     one pass
+
+use super::Activation;
+use crate::cuda::rows::{spread, vectors};
+use crate::cuda::{Gpu, View, launch_with};
+use candle_core::Result;
+
+/// Rows a thread: of kernels that read one or two matrices, and three.
+const STEP: usize = 4;
+const STEP_OF_THREE: usize = 2;
+
+/// The number of an activation in `activation.cu`.
+fn number(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::Gelu => 1,
+        Activation::GeluTanh => 2,
+        Activation::Relu => 3,
+        Activation::QuickGelu => 4,
+        Activation::Tanh => 5,
+    }
+}
+
+/// out <- act(x).
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn forward(gpu: &Gpu, activation: Activation, x: View, out: View, (rows, f): (usize, usize)) -> Result<()> {
+    let name = if vectors(&[x, out], f) { "activation_forward" } else { "activation_forward_scalar" };
+    let grid = spread((rows, f), STEP)?;
+    launch_with!(gpu, name, grid, number(activation), x.at, x.stride, out.at, out.stride, rows, f)
+}
+
+/// dx <- the gradient of x for `d_out` of act(x), and out <- act(x).
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn backward(
+    gpu: &Gpu,
+    activation: Activation,
+    x: View,
+    d_out: View,
+    dx: View,
+    out: View,
+    (rows, f): (usize, usize),
+) -> Result<()> {
+    let vector = vectors(&[x, d_out, dx, out], f);
+    let name = if vector { "activation_backward" } else { "activation_backward_scalar" };
+    let grid = spread((rows, f), STEP)?;
+    launch_with!(
+        gpu,
+        name,
+        grid,
+        number(activation),
+        x.at,
+        x.stride,
+        d_out.at,
+        d_out.stride,
+        dx.at,
+        dx.stride,
+        out.at,
+        out.stride,
+        rows,
+        f
+    )
+}
+
+/// out <- act(gate) up.
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn gated_forward(
+    gpu: &Gpu,
+    activation: Activation,
+    gate: View,
+    up: View,
+    out: View,
+    (rows, f): (usize, usize),
+) -> Result<()> {
+    let name = if vectors(&[gate, up, out], f) { "gated_forward" } else { "gated_forward_scalar" };
+    let grid = spread((rows, f), STEP)?;
+    launch_with!(
+        gpu,
+        name,
+        grid,
+        number(activation),
+        gate.at,
+        gate.stride,
+        up.at,
+        up.stride,
+        out.at,
+        out.stride,
+        rows,
+        f
+    )
+}
+
+/// The gradients of gate and up for `d_inner` of act(gate) up, and inner <- act(gate) up.
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn gated_backward(
+    gpu: &Gpu,
+    activation: Activation,
+    (gate, up): (View, View),
+    d_inner: View,
+    (d_gate, d_up): (View, View),
+    inner: View,
+    (rows, f): (usize, usize),
+) -> Result<()> {
+    let vector = vectors(&[gate, up, d_inner, d_gate, d_up, inner], f);
+    let name = if vector { "gated_backward" } else { "gated_backward_scalar" };
+    let grid = spread((rows, f), STEP_OF_THREE)?;
+    launch_with!(
+        gpu,
+        name,
+        grid,
+        number(activation),
+        gate.at,
+        gate.stride,
+        up.at,
+        up.stride,
+        d_inner.at,
+        d_inner.stride,
+        d_gate.at,
+        d_gate.stride,
+        d_up.at,
+        d_up.stride,
+        inner.at,
+        inner.stride,
+        rows,
+        f
+    )
+}

@@ -1,0 +1,209 @@
+// Activations, alone and as gates, forward and backward; the backward kernels write the forward result again.
+//
+// Equation: forward  out = act(x), or act(gate) up
+//           backward dx = d_out act'(x); d_gate = d_inner up act'(gate), d_up = d_inner act(gate)
+// Shapes:   all [rows, f] bf16; results may replace inputs
+// Cost:     one pass; each thread has eight columns of a few rows in flight
+#include "eight.cuh"
+
+/// Rows a thread: of kernels that read one or two matrices, and three.
+constexpr int ROWS = 4, ROWS_OF_THREE = 2;
+
+/// act(x) and act'(x).
+struct Both {
+    float value, slope;
+};
+
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+
+/// Kinds: 0 silu, 1 gelu, 2 gelu by tanh, 3 relu, 4 quick gelu, 5 tanh.
+template <int KIND> __device__ __forceinline__ Both act(float x) {
+    if (KIND == 0) {
+        const float s = sigmoid(x);
+        return {x * s, s * fmaf(x, 1.f - s, 1.f)};
+    }
+    if (KIND == 1) {
+        // The upper tail of the normal distribution: Abramowitz and Stegun 7.1.26, within 8e-8.
+        const float z = fabsf(x) * 0.70710678f, t = __fdividef(1.f, fmaf(0.3275911f, z, 1.f)), e = __expf(-z * z);
+        float p = fmaf(t, 1.061405429f, -1.453152027f);
+        p = fmaf(t, p, 1.421413741f);
+        p = fmaf(t, p, -0.284496736f);
+        p = fmaf(t, p, 0.254829592f);
+        const float tail = 0.5f * p * t * e, cdf = x < 0.f ? tail : 1.f - tail;
+        return {x * cdf, fmaf(x, 0.39894228f * e, cdf)};
+    }
+    if (KIND == 2) {
+        // (1 + tanh u) / 2 = s(2 u): keeps the digits of the lower tail.
+        const float square = x * x, s = sigmoid(1.5957691f * x * fmaf(0.044715f, square, 1.f)), both = s * (1.f - s);
+        const float slope = x * both * 1.5957691f * fmaf(0.134145f, square, 1.f);
+        return {x * s, s + (both == 0.f ? 0.f : slope)};
+    }
+    if (KIND == 3) {
+        const float on = x > 0.f ? 1.f : 0.f;
+        return {x * on, on};
+    }
+    if (KIND == 4) {
+        const float s = sigmoid(1.702f * x);
+        return {x * s, s * fmaf(1.702f * x, 1.f - s, 1.f)};
+    }
+    // The quotient loses the digits of small x; the series keeps them.
+    const float square = x * x, e = __expf(-2.f * fabsf(x)), far = copysignf(__fdividef(1.f - e, 1.f + e), x);
+    const float near = x * fmaf(square, fmaf(square, 0.13333333f, -0.33333333f), 1.f);
+    const float t = square < 0.01f ? near : far;
+    return {t, fmaf(-t, t, 1.f)};
+}
+
+template <int K> struct Kind {
+    static constexpr int value = K;
+};
+
+template <typename F> __device__ __forceinline__ void by_kind(int kind, F run) {
+    switch (kind) {
+    case 0: return run(Kind<0>{});
+    case 1: return run(Kind<1>{});
+    case 2: return run(Kind<2>{});
+    case 3: return run(Kind<3>{});
+    case 4: return run(Kind<4>{});
+    default: return run(Kind<5>{});
+    }
+}
+
+/// A matrix that is read or written.
+struct Matrix {
+    bf16 *at;
+    int stride;
+};
+
+template <bool VECTOR, int N>
+__device__ __forceinline__ void load_rows(const Matrix &x, const Place &p, int rows, uint4 (&raw)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        if (p.row + k < rows) {
+            raw[k] = load_raw<VECTOR>(at_row(x.at, x.stride, p.row + k) + p.column, p.left);
+        }
+    }
+}
+
+template <bool VECTOR>
+__device__ __forceinline__ void store_row(const Matrix &x, const Place &p, int k, const float (&v)[8]) {
+    store_raw<VECTOR>(at_row(x.at, x.stride, p.row + k) + p.column, p.left, pack(v));
+}
+
+template <bool VECTOR> __device__ __forceinline__ void forward(int kind, Matrix x, Matrix out, int rows, int f) {
+    const Place p(f, ROWS);
+    uint4 raw[ROWS];
+    load_rows<VECTOR>(x, p, rows, raw);
+    by_kind(kind, [&](auto which) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            if (p.row + k < rows) {
+                float v[8];
+                unpack(raw[k], v);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    v[i] = act<decltype(which)::value>(v[i]).value;
+                }
+                store_row<VECTOR>(out, p, k, v);
+            }
+        }
+    });
+}
+
+template <bool VECTOR>
+__device__ __forceinline__ void backward(int kind, Matrix x, Matrix d_out, Matrix dx, Matrix out, int rows, int f) {
+    const Place p(f, ROWS);
+    uint4 raw[ROWS], grad[ROWS];
+    load_rows<VECTOR>(x, p, rows, raw);
+    load_rows<VECTOR>(d_out, p, rows, grad);
+    by_kind(kind, [&](auto which) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            if (p.row + k < rows) {
+                float v[8], d[8];
+                unpack(raw[k], v);
+                unpack(grad[k], d);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const Both a = act<decltype(which)::value>(v[i]);
+                    v[i] = a.value;
+                    d[i] *= a.slope;
+                }
+                store_row<VECTOR>(out, p, k, v);
+                store_row<VECTOR>(dx, p, k, d);
+            }
+        }
+    });
+}
+
+template <bool VECTOR>
+__device__ __forceinline__ void gated(int kind, Matrix gate, Matrix up, Matrix out, int rows, int f) {
+    const Place p(f, ROWS);
+    uint4 raw[ROWS], other[ROWS];
+    load_rows<VECTOR>(gate, p, rows, raw);
+    load_rows<VECTOR>(up, p, rows, other);
+    by_kind(kind, [&](auto which) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            if (p.row + k < rows) {
+                float v[8], u[8];
+                unpack(raw[k], v);
+                unpack(other[k], u);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    v[i] = act<decltype(which)::value>(v[i]).value * u[i];
+                }
+                store_row<VECTOR>(out, p, k, v);
+            }
+        }
+    });
+}
+
+template <bool VECTOR>
+__device__ __forceinline__ void gated_back(int kind, Matrix gate, Matrix up, Matrix d_inner, Matrix d_gate, Matrix d_up,
+                                           Matrix inner, int rows, int f) {
+    const Place p(f, ROWS_OF_THREE);
+    uint4 raw[ROWS_OF_THREE], other[ROWS_OF_THREE], grad[ROWS_OF_THREE];
+    load_rows<VECTOR>(gate, p, rows, raw);
+    load_rows<VECTOR>(up, p, rows, other);
+    load_rows<VECTOR>(d_inner, p, rows, grad);
+    by_kind(kind, [&](auto which) {
+#pragma unroll
+        for (int k = 0; k < ROWS_OF_THREE; k++) {
+            if (p.row + k < rows) {
+                float v[8], u[8], d[8];
+                unpack(raw[k], v);
+                unpack(other[k], u);
+                unpack(grad[k], d);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const Both a = act<decltype(which)::value>(v[i]);
+                    const float g = d[i];
+                    v[i] = g * u[i] * a.slope;
+                    d[i] = a.value * u[i];
+                    u[i] = g * a.value;
+                }
+                store_row<VECTOR>(d_gate, p, k, v);
+                store_row<VECTOR>(d_up, p, k, u);
+                store_row<VECTOR>(inner, p, k, d);
+            }
+        }
+    });
+}
+
+BOTH(activation_forward, (256), forward, (int kind, bf16 *x, int x_stride, bf16 *out, int out_stride, int rows, int f), kind,
+     Matrix{x, x_stride}, Matrix{out, out_stride}, rows, f)
+
+BOTH(activation_backward, (256), backward,
+     (int kind, bf16 *x, int x_stride, bf16 *d_out, int d_out_stride, bf16 *dx, int dx_stride, bf16 *out, int out_stride,
+      int rows, int f),
+     kind, Matrix{x, x_stride}, Matrix{d_out, d_out_stride}, Matrix{dx, dx_stride}, Matrix{out, out_stride}, rows, f)
+
+BOTH(gated_forward, (256), gated,
+     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, bf16 *out, int out_stride, int rows, int f), kind,
+     Matrix{gate, gate_stride}, Matrix{up, up_stride}, Matrix{out, out_stride}, rows, f)
+
+BOTH(gated_backward, (256), gated_back,
+     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, bf16 *d_inner, int d_inner_stride, bf16 *d_gate,
+      int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner, int inner_stride, int rows, int f),
+     kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, Matrix{d_inner, d_inner_stride}, Matrix{d_gate, d_gate_stride},
+     Matrix{d_up, d_up_stride}, Matrix{inner, inner_stride}, rows, f)

@@ -1,0 +1,76 @@
+//! The feed-forward part on a device.
+
+use super::group::KeptOn;
+use super::{BackOn, Flat, Rows, finish, normed};
+use crate::activation::cuda::{backward, forward, gated_backward, gated_forward};
+use crate::cuda::{Gpu, View};
+use crate::part::FeedForwardPart;
+use candle_core::Result;
+
+/// What is kept of one pass: gate and up side by side, or the one output, before the nonlinearity.
+pub(in crate::part) struct SavedOn {
+    hidden: Rows,
+    inputs: KeptOn,
+    output: KeptOn,
+}
+
+impl FeedForwardPart {
+    pub(in crate::part) fn fits_kernels(&self, _: &Gpu, (b, t): (usize, usize)) -> bool {
+        let (inputs, output) = self.groups();
+        inputs.is_aligned() && output.is_aligned() && i32::try_from(b * t).is_ok()
+    }
+
+    pub(in crate::part) fn run(
+        &self,
+        gpu: &Gpu,
+        x: View,
+        flat: &Flat,
+        size: (usize, usize),
+    ) -> Result<(Rows, SavedOn)> {
+        let (inputs, output) = self.groups();
+        let n = size.0 * size.1;
+        let (rows, held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
+        let hidden = Rows::new(gpu, n, inputs.d_out())?;
+        let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, hidden.view()))?;
+        drop(held);
+        let (inner, width) = (Rows::new(gpu, n, output.d_in)?, output.d_in);
+        let from = hidden.view();
+        if self.gated {
+            gated_forward(gpu, self.activation, from, from.columns(width), inner.view(), (n, width))?;
+        } else {
+            forward(gpu, self.activation, from, inner.view(), (n, width))?;
+        }
+        let y = Rows::new(gpu, n, output.d_out())?;
+        let residual = self.residual.then_some(x);
+        let kept_output = output.forward_on(gpu, inner.view(), n, flat, (residual, y.view()))?;
+        Ok((y, SavedOn { hidden, inputs: kept_inputs, output: kept_output }))
+    }
+
+    pub(in crate::part) fn run_back(&self, gpu: &Gpu, saved: &SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>> {
+        let BackOn { x, g, flat, size, d_parameters, wants_x } = *back;
+        let (inputs, output) = self.groups();
+        let n = size.0 * size.1;
+        let width = output.d_in;
+        // The inner rows are needed for the gradient of A only; they come with that of the hidden ones.
+        let (d_rows, inner) = (Rows::new(gpu, n, width)?, Rows::new(gpu, n, width)?);
+        let d_hidden = Rows::new(gpu, n, inputs.d_out())?;
+        let d_inner = output.backward_on(gpu, (g, n), &saved.output, flat, (d_parameters, Some(d_rows.view())))?;
+        let (from, to) = (saved.hidden.view(), d_hidden.view());
+        if self.gated {
+            let (up, d_up) = (from.columns(width), to.columns(width));
+            gated_backward(gpu, self.activation, (from, up), d_rows.view(), (to, d_up), inner.view(), (n, width))?;
+        } else {
+            backward(gpu, self.activation, from, d_rows.view(), to, inner.view(), (n, width))?;
+        }
+        drop(d_rows);
+        output.down_on(gpu, (inner.view(), n), d_inner.as_ref(), d_parameters)?;
+        drop(inner);
+        let (rows, _held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
+        let dx = wants_x.then(|| Rows::new(gpu, n, inputs.d_in)).transpose()?;
+        let to = (d_parameters, dx.as_ref().map(Rows::view));
+        let d_inner = inputs.backward_on(gpu, (d_hidden.view(), n), &saved.inputs, flat, to)?;
+        inputs.down_on(gpu, (rows, n), d_inner.as_ref(), d_parameters)?;
+        let residual = self.residual.then_some(g);
+        dx.map(|dx| finish(gpu, self.norm.as_ref(), (x, dx), residual, (n, inputs.d_in))).transpose()
+    }
+}
