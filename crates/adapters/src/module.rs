@@ -240,25 +240,15 @@ impl FlatParameters {
     }
 }
 
-/// Puts dense frozen weights of maps with one input one after the other in memory, where a device multiplies them as one. Other
+/// Puts dense frozen weights of maps with one input into one piece of memory, where a device multiplies them as one. Other
 /// weights, and those on the CPU, stay where they are.
 ///
 /// # Errors
 /// If the device is out of memory.
 pub fn lay_together(linears: &mut [Linear]) -> Result<()> {
-    let weights: Option<Vec<&Tensor>> = linears.iter().map(|l| l.base.as_dense()).collect();
-    let Some(weights) = weights.filter(|w| w.len() > 1 && w.iter().all(|w| !w.device().is_cpu())) else {
-        return Ok(());
-    };
-    if weights.iter().any(|w| w.dtype() != weights[0].dtype() || w.dims()[1..] != weights[0].dims()[1..]) {
-        return Ok(());
-    }
-    let all = Tensor::cat(&weights, 0)?;
-    let mut start = 0;
-    for linear in linears {
-        let count = linear.base.d_out();
-        linear.base = Arc::new(FrozenWeight::dense(all.narrow(0, start, count)?)?);
-        start += count;
+    let weights: Vec<&FrozenWeight> = linears.iter().map(|l| &*l.base).collect();
+    if let Some(together) = FrozenWeight::lay_together(&weights)? {
+        linears.iter_mut().zip(together).for_each(|(linear, weight)| linear.base = Arc::new(weight));
     }
     Ok(())
 }

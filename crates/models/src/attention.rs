@@ -44,7 +44,8 @@ impl Attention {
                 .collect::<Result<_>>()?,
         };
         lay_together(&mut qkv)?;
-        let o = build.linear(&format!("{block}.{}", c.names.o), c.hidden, q, c.o_bias)?;
+        let mut o = build.linear(&format!("{block}.{}", c.names.o), c.hidden, q, c.o_bias)?;
+        lay_together(std::slice::from_mut(&mut o))?;
         let mut head_norm =
             |name: &str| c.qk_norm.then(|| build.norm(&format!("{block}.self_attn.{name}"), c.head_dim)).transpose();
         let (q_norm, k_norm) = (head_norm("q_norm")?, head_norm("k_norm")?);

@@ -39,7 +39,8 @@ impl Mlp {
                 .collect::<Result<_>>()?,
         };
         lay_together(&mut gate_up)?;
-        let down = build.linear(&format!("{block}.{}", c.names.down), c.hidden, c.intermediate, c.mlp_bias)?;
+        let mut down = build.linear(&format!("{block}.{}", c.names.down), c.hidden, c.intermediate, c.mlp_bias)?;
+        lay_together(std::slice::from_mut(&mut down))?;
         Ok(Self { gate_up, down, activation: c.activation, gated: c.gated, width: c.intermediate })
     }
 

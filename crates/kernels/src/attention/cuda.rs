@@ -73,7 +73,7 @@ pub(crate) fn forward(gpu: &Gpu, dims: &Dims, spec: &AttentionSpec, x: Views, ou
     let shared = (queries + 4 * KEYS) * d * 2 + 128;
     let map_q = map(x.q, dims, h, queries)?;
     let (map_k, map_v) = (map(x.k, dims, kv, KEYS)?, map(x.v, dims, kv, KEYS)?);
-    let grid = ((t.div_ceil(queries), h, b), if d == 64 { 512 } else { 384 }, shared);
+    let grid = ((h * b, t.div_ceil(queries), 1), if d == 64 { 512 } else { 384 }, shared);
     let sums = gpu.address(&log_sums);
     let name = if d == 64 { "attention_forward_64" } else { "attention_forward_128" };
     launch_with!(
@@ -103,10 +103,10 @@ pub(crate) fn backward(
     let dq = gpu.zeros::<f32>(b * h * a.padded * d)?;
     let dq_at = gpu.address(&dq);
     let queries = if d == 64 { 128 } else { 64 };
-    let shared = (2 * KEYS + 4 * queries) * d * 2 + 4 * KEYS * queries + 2 * 64 * 64 * 4 + 4 * queries * 4 + 64;
+    let shared = (2 * KEYS + 4 * queries) * d * 2 + 6 * KEYS * queries + 2 * 64 * 64 * 4 + 4 * queries * 4 + 64;
     let (map_q, map_g) = (map(x.q, dims, h, queries)?, map(g, dims, h, queries)?);
     let (map_k, map_v) = (map(x.k, dims, kv, KEYS)?, map(x.v, dims, kv, KEYS)?);
-    let grid = ((t.div_ceil(KEYS), kv, b), 384, shared);
+    let grid = ((kv * b, t.div_ceil(KEYS), 1), 384, shared);
     let name = if d == 64 { "attention_backward_64" } else { "attention_backward_128" };
     launch_with!(
         gpu, name, grid, map_q, map_k, map_v, map_g, sums, delta_at, dq_at, dx.k.at, dx.v.at, dx.k.stride, t, a.padded, h, kv,

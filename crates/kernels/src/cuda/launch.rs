@@ -6,13 +6,14 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{LaunchConfig, sys};
 use std::ffi::c_void;
 
-/// An argument of a kernel: `u64` for addresses, `i32`, `f32`, or a tensor map.
+/// An argument of a kernel: `u64` for addresses, `i32`, `f32`, a tensor map, or a structure of 32-bit words.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Arg {
     Address(u64),
     Int(i32),
     Float(f32),
     Map(sys::CUtensorMap),
+    Words([u32; 19]),
 }
 
 impl From<u64> for Arg {
@@ -58,6 +59,12 @@ impl From<sys::CUtensorMap> for Arg {
     }
 }
 
+impl From<[u32; 19]> for Arg {
+    fn from(value: [u32; 19]) -> Self {
+        Self::Words(value)
+    }
+}
+
 impl Arg {
     fn pointer(&self) -> *mut c_void {
         match self {
@@ -65,6 +72,7 @@ impl Arg {
             Self::Int(value) => (&raw const *value).cast_mut().cast(),
             Self::Float(value) => (&raw const *value).cast_mut().cast(),
             Self::Map(value) => (&raw const *value).cast_mut().cast(),
+            Self::Words(value) => (&raw const *value).cast_mut().cast(),
         }
     }
 }

@@ -145,6 +145,24 @@ pub(crate) fn address_of<T: CudaDType>(storage: &CudaStorage, layout: &Layout) -
     Ok(slice.device_ptr(&stream).0 + (start * size_of::<T>()) as u64)
 }
 
+/// A matrix of bf16 as the kernels take it: its rows may have gaps between them.
+///
+/// # Errors
+/// If the tensor is no matrix, its columns are strided, or it is of another type or on another device.
+pub(crate) fn matrix(tensor: &Tensor) -> Result<View> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("a tensor on {:?} for a CUDA kernel", tensor.device()) };
+    let (&[_, columns], &[stride, step]) = (layout.dims(), layout.stride()) else {
+        bail!("a tensor of shape {:?} for a CUDA kernel that takes a matrix", layout.shape())
+    };
+    if step != 1 && columns > 1 {
+        bail!("a CUDA kernel was given a matrix with strided columns: {layout:?}")
+    }
+    let slice = storage.as_cuda_slice::<bf16>()?;
+    let stream = storage.device.cuda_stream();
+    Ok(View::new(slice.device_ptr(&stream).0 + (layout.start_offset() * size_of::<bf16>()) as u64, stride))
+}
+
 /// A matrix of bf16 in device memory, row by row, `stride` values from one row to the next.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View {

@@ -3,7 +3,7 @@
 //! Few rows (decoding): one dot product per output row, straight from the stored form. Else a product whose panels are
 //! unpacked from the stored form as they are needed, so that the matrix never exists in another type as a whole.
 
-use super::FrozenWeight;
+use super::{Bordered, FrozenWeight};
 use super::gguf::Blocks;
 use super::int8::Int8;
 use super::nf4::Nf4;
@@ -14,6 +14,8 @@ use crate::product::{
 };
 use crate::vector::to_bf16;
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -43,6 +45,11 @@ impl CustomOp1 for FrozenProduct {
             <T as WithDType>::to_cpu_storage_owned(y)
         });
         Ok((out, Shape::from((n, if self.transposed { d_in } else { d_out }))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        super::dense_cuda::product(&self.weight, x, layout, self.transposed)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
@@ -214,7 +221,7 @@ enum Source<'a> {
 
 fn with_source<R>(weight: &FrozenWeight, f: impl FnOnce(&Source<'_>) -> R) -> Result<R> {
     match weight {
-        FrozenWeight::Dense(w) => {
+        FrozenWeight::Dense(w) | FrozenWeight::Bordered(Bordered { weight: w, .. }) => {
             let (storage, layout) = w.storage_and_layout();
             let source = match w.dtype() {
                 DType::F32 => Source::F32(cpu_slice(&storage, layout)?),

@@ -6,7 +6,10 @@
 //!           in llama.cpp
 //! Cost:     2 n d_in d_out FLOPs; stored weights are widened block by block, never as a whole matrix
 
+mod bordered;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod dense_cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 mod gguf;
@@ -14,6 +17,9 @@ mod int8;
 mod nf4;
 pub mod reference;
 
+pub use bordered::Bordered;
+#[cfg(feature = "cuda")]
+pub(crate) use bordered::{BORDER, Whole};
 pub use int8::Int8;
 pub use nf4::{Nf4, Nf4Parts, dynamic_map, nf4_code_book};
 
@@ -29,6 +35,8 @@ use std::sync::Arc;
 pub enum FrozenWeight {
     /// f32, f16, bf16 or f64 as it is, contiguous and off the tape.
     Dense(Tensor),
+    /// bf16 on a CUDA device, in one piece with the weights beside it.
+    Bordered(Bordered),
     /// 4-bit normal floats in blocks of 64.
     Nf4(Nf4),
     /// 8-bit integers with one scale a row.
@@ -74,7 +82,7 @@ impl FrozenWeight {
     /// (d_out, d_in).
     pub fn dims(&self) -> (usize, usize) {
         let dims = match self {
-            Self::Dense(w) => w.dims(),
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => w.dims(),
             Self::Nf4(w) => return w.dims(),
             Self::Int8(w) => return w.dims(),
             Self::Gguf(w) => w.shape().dims(),
@@ -95,7 +103,7 @@ impl FrozenWeight {
     /// "f32", "bf16", "nf4", "int8", "q4_0" and so on.
     pub fn dtype_name(&self) -> String {
         match self {
-            Self::Dense(w) => w.dtype().as_str().to_string(),
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => w.dtype().as_str().to_string(),
             Self::Nf4(_) => "nf4".to_string(),
             Self::Int8(_) => "int8".to_string(),
             Self::Gguf(w) => gguf::name(w.dtype()).to_string(),
@@ -105,7 +113,7 @@ impl FrozenWeight {
     /// Bytes the stored form takes, scales included.
     pub fn size_in_bytes(&self) -> usize {
         match self {
-            Self::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => w.elem_count() * w.dtype().size_in_bytes(),
             Self::Nf4(w) => w.size_in_bytes(),
             Self::Int8(w) => w.size_in_bytes(),
             Self::Gguf(w) => w.storage_size_in_bytes(),
@@ -115,17 +123,17 @@ impl FrozenWeight {
     /// Where the weight lives.
     pub fn device(&self) -> Device {
         match self {
-            Self::Dense(w) => w.device().clone(),
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => w.device().clone(),
             Self::Nf4(w) => w.device().clone(),
             Self::Int8(w) => w.device().clone(),
             Self::Gguf(w) => w.device(),
         }
     }
 
-    /// The dense tensor, if stored as one.
+    /// The dense tensor, if stored as one; a view with gaps between its rows if it is [`Self::Bordered`].
     pub fn as_dense(&self) -> Option<&Tensor> {
         match self {
-            Self::Dense(w) => Some(w),
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => Some(w),
             _ => None,
         }
     }
@@ -149,7 +157,7 @@ impl FrozenWeight {
     /// The matrix [d_out, d_in] in `dtype`, off the tape.
     pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
         match self {
-            Self::Dense(w) => w.to_dtype(dtype),
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => w.to_dtype(dtype),
             _ if self.device().is_cpu() => cpu::dequantize(self)?.to_dtype(dtype),
             Self::Nf4(w) => w.on_device()?.to_dtype(dtype),
             Self::Int8(w) => w.on_device()?.to_dtype(dtype),
@@ -165,6 +173,27 @@ impl FrozenWeight {
     /// y [.., d_out] W: [.., d_in] in y's dtype. Differentiable in y only.
     pub fn forward_transposed(self: &Arc<Self>, y: &Tensor) -> Result<Tensor> {
         self.apply("forward_transposed", y, true)
+    }
+
+    /// Whether a CUDA device multiplies rows `x` by the weight as it is stored.
+    fn runs_on_device(&self, x: &Tensor) -> bool {
+        let bf16 = |t: &Tensor| t.device().is_cuda() && t.dtype() == DType::BF16;
+        cfg!(feature = "cuda") && bf16(x) && self.as_dense().is_some_and(bf16)
+    }
+
+    /// Dense bf16 weights of maps with one input in one piece, with a border for the factors of their adapters; None where they
+    /// stay as they are: in another type, or not on a CUDA device.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn lay_together(weights: &[&Self]) -> Result<Option<Vec<Self>>> {
+        #[cfg(feature = "cuda")]
+        return dense_cuda::lay_together(weights);
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = weights;
+            Ok(None)
+        }
     }
 
     fn apply(self: &Arc<Self>, what: &str, x: &Tensor, transposed: bool) -> Result<Tensor> {
@@ -189,7 +218,7 @@ impl FrozenWeight {
         let rows: usize = outer.iter().product();
         let shape: Vec<usize> = outer.iter().copied().chain([to]).collect();
         let x = x.reshape((rows, from))?;
-        let y = if fused(&x) {
+        let y = if fused(&x) || self.runs_on_device(&x) {
             x.contiguous()?.apply_op1(cpu::FrozenProduct { weight: self.clone(), transposed })?
         } else if rows == 0 {
             // Keeps an empty product on the tape: candle's matmul refuses it.

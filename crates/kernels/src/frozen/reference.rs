@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 pub fn product(weight: &FrozenWeight, x: &Tensor, transposed: bool) -> Result<Tensor> {
     // candle has no half products on the CPU.
     let dtype = if fused(x) { DType::F32 } else { x.dtype() };
-    let w = weight.dequantize(dtype)?;
+    let w = weight.dequantize(dtype)?.contiguous()?;
     let y = if transposed { x.to_dtype(dtype)?.matmul(&w)? } else { x.to_dtype(dtype)?.matmul(&w.t()?)? };
     y.to_dtype(x.dtype())
 }

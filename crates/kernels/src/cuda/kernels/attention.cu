@@ -14,9 +14,14 @@ constexpr int KEYS = 128;
 struct Rules {
     int t, causal, window;  // window 0: none
     const uint32_t *segments;  // of this sequence, or null
-    __device__ __forceinline__ bool sees(int i, int j) const {
-        return i < t && j < t && (!causal || j <= i) && (window == 0 || j > i - window) &&
-               (!segments || (segments[i] == segments[j] && segments[i] != 0xffffffffu));
+    /// First key that query i sees by its place, and one past the last.
+    __device__ __forceinline__ int first(int i) const { return window ? max(0, i - window + 1) : 0; }
+    __device__ __forceinline__ int end(int i) const { return i >= t ? 0 : causal ? i + 1 : t; }
+    /// First query that sees key j by its place, and one past the last.
+    __device__ __forceinline__ int first_query(int j) const { return j >= t ? t : causal ? j : 0; }
+    __device__ __forceinline__ int end_query(int j) const { return window ? min(t, j + window) : t; }
+    __device__ __forceinline__ bool same(int i, int j) const {
+        return i < t && j < t && segments[i] == segments[j] && segments[i] != 0xffffffffu;
     }
     /// Whether every query of [i, i + queries) sees every key of [j, j + keys).
     __device__ __forceinline__ bool all(int i, int queries, int j, int keys) const {
@@ -75,7 +80,8 @@ __device__ __forceinline__ void forward(const TensorMap *map_q, const TensorMap 
                                         Rules rules, char *memory) {
     auto &shared = *reinterpret_cast<ForwardShared<D, GROUPS> *>(memory);
     constexpr int QUERIES = GROUPS * 64;
-    int first = (gridDim.x - 1 - blockIdx.x) * QUERIES, head = blockIdx.y, b = blockIdx.z;
+    // The longest rows of tiles begin first.
+    int first = (gridDim.y - 1 - blockIdx.y) * QUERIES, head = blockIdx.x % heads, b = blockIdx.x / heads;
     int kv = head / (heads / kv_heads), t = rules.t;
     int end = rules.causal ? min(t, first + QUERIES) : t;
     int begin = rules.window ? max(0, first + 1 - rules.window) / KEYS * KEYS : 0;
@@ -139,11 +145,24 @@ __device__ __forceinline__ void forward(const TensorMap *map_q, const TensorMap 
     auto soften = [&](int i) {
         int column = begin + (tiles - 1 - i) * KEYS;
         if (!rules.all(first + group * 64, 64, column, KEYS)) {
+            int from = column + place.column, low[2], width[2];
+            for (int r = 0; r < 2; r++) {
+                low[r] = rules.first(row + 8 * r) - from;
+                width[r] = max(0, rules.end(row + 8 * r) - rules.first(row + 8 * r));
+            }
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    if (!rules.sees(row + 8 * (e / 2), column + 8 * n + place.column + e % 2)) s[4 * n + e] = -INFINITY;
+                    if (static_cast<unsigned>(8 * n + e % 2 - low[e / 2]) >= static_cast<unsigned>(width[e / 2]))
+                        s[4 * n + e] = -INFINITY;
+            if (rules.segments) {
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (!rules.same(row + 8 * (e / 2), from + 8 * n + e % 2)) s[4 * n + e] = -INFINITY;
+            }
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -222,7 +241,7 @@ struct BackwardShared {
     bf16 v[KEYS * D];
     bf16 q[2][QUERIES * D];
     bf16 g[2][QUERIES * D];
-    bf16 ds[2][KEYS * QUERIES];
+    bf16 ds[3][KEYS * QUERIES];
     float dq[2][64 * 64];
     float lse[2][QUERIES];
     float delta[2][QUERIES];
@@ -230,13 +249,18 @@ struct BackwardShared {
 };
 
 /// One tile of 128 keys, over all queries that see them of all heads that read them.
+///
+/// The two warpgroups have 64 keys each. dq needs the ds of both, so it is made one round later, when both have long been
+/// written, and neither waits for the other.
 template <int D, int QUERIES>
 __device__ __forceinline__ void backward(const TensorMap *map_q, const TensorMap *map_k, const TensorMap *map_v,
                                          const TensorMap *map_g, const float *lse, const float *delta, float *dq, bf16 *dk,
                                          bf16 *dv, int d_stride, int padded, int heads, int kv_heads, float scale, Rules rules,
                                          char *memory) {
     auto &shared = *reinterpret_cast<BackwardShared<D, QUERIES> *>(memory);
-    int first = blockIdx.x * KEYS, kv = blockIdx.y, b = blockIdx.z, t = rules.t, shared_by = heads / kv_heads;
+    // The first keys are seen by the most queries: those tiles begin first.
+    int first = blockIdx.y * KEYS, kv = blockIdx.x % kv_heads, b = blockIdx.x / kv_heads, t = rules.t;
+    int shared_by = heads / kv_heads;
     int begin = rules.causal ? first / QUERIES : 0;
     int last = rules.window ? min(t, first + KEYS - 1 + rules.window) : t;
     int tiles = max(0, (last + QUERIES - 1) / QUERIES - begin);
@@ -274,84 +298,38 @@ __device__ __forceinline__ void backward(const TensorMap *map_q, const TensorMap
     Place place;
     int row = first + group * 64 + place.row;
     float scale_log2 = scale * LOG2E;
-    float sum_k[D / 2], sum_v[D / 2];
+    float sum_k[D / 2], sum_v[D / 2], s[QUERIES / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; i++) sum_k[i] = sum_v[i] = 0;
     uint32_t k = shared_address(shared.k), v = shared_address(shared.v);
-    barrier_wait(&shared.kv_full, 0);
-    for (int i = 0; i < rounds; i++) {
-        int stage = i % 2, head = kv * shared_by + i / tiles, column = (begin + i % tiles) * QUERIES;
-        uint32_t q = shared_address(shared.q[stage]), g = shared_address(shared.g[stage]);
-        uint32_t ds = shared_address(shared.ds[stage]);
-        uint32_t p[QUERIES / 4];
-        float s[QUERIES / 2], d[QUERIES / 2];
-        barrier_wait(&shared.full[stage], (i / 2) & 1);
+    uint32_t own_k = k + group * 64 * 128, own_v = v + group * 64 * 128;
+    // Where this thread writes ds: rows of keys, columns of 64 queries, chunks of 8 queries swizzled by the row.
+    uint32_t own_ds = shared_address(shared.ds) + (group * 64 + place.row) * 128 + place.column * 2;
+    int swizzle = (place.row % 8) * 16;
+
+    // Beyond the last round the scores are of what lies in memory, and are not used: products in flight allow no branches.
+    auto score = [&](int i) {
+        if (i < rounds) barrier_wait(&shared.full[i % 2], (i / 2) & 1);
         pin(s);
-        pin(d);
         products_begin();
-        scores<D, KEYS, QUERIES>(s, k + group * 64 * 128, q);
+        scores<D, KEYS, QUERIES>(s, own_k, shared_address(shared.q[i % 2]));
         products_commit();
-        scores<D, KEYS, QUERIES>(d, v + group * 64 * 128, g);
-        products_commit();
-        products_wait<1>();
-        pin(s);
-        bool all = rules.all(column, QUERIES, first + group * 64, 64);
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++) {
-            float2 sums = *reinterpret_cast<const float2 *>(&shared.lse[stage][8 * n + place.column]);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float value = exp2f(s[4 * n + e] * scale_log2 - (e % 2 ? sums.y : sums.x) * LOG2E);
-                if (!all && !rules.sees(column + 8 * n + place.column + e % 2, row + 8 * (e / 2))) value = 0;
-                s[4 * n + e] = value;
-            }
-        }
-        to_operand(s, p);
-        pin(sum_v);
-        products_begin();
-#pragma unroll
-        for (int c = 0; c < QUERIES / 16; c++) multiply<1>(sum_v, p + 4 * c, tile(g + c * 16 * 128, QUERIES * 128), 1);
-        products_commit();
-        products_wait<1>();
-        pin(d);
-        uint32_t pd[QUERIES / 4];
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++) {
-            float2 means = *reinterpret_cast<const float2 *>(&shared.delta[stage][8 * n + place.column]);
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[4 * n + e] *= d[4 * n + e] - (e % 2 ? means.y : means.x);
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                pd[2 * n + r] = pack(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]);
-                // Row of keys, column of 64 queries, chunks of 8 queries swizzled by the row.
-                int key = group * 64 + place.row + 8 * r, chunk = n % 8;
-                uint32_t at = ds + (n / 8) * KEYS * 128 + key * 128 + ((chunk ^ (key % 8)) * 16) + place.column * 2;
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pd[2 * n + r]) : "memory");
-            }
-        }
-        pin(sum_k);
-        products_begin();
-#pragma unroll
-        for (int c = 0; c < QUERIES / 16; c++) multiply<1>(sum_k, pd + 4 * c, tile(q + c * 16 * 128, QUERIES * 128), 1);
-        products_commit();
-        fence_async();
+    };
+    // dq of a round: 64 queries and 64 values of the head for each warpgroup, from the ds of both.
+    auto add_queries = [&](int i, float(&part)[32]) {
+        constexpr bool SPLIT_HEAD = QUERIES == 64;
+        uint32_t ds = shared_address(shared.ds[(i + 3) % 3]) + (SPLIT_HEAD ? 0 : group * KEYS * 128);
+        uint32_t of_k = k + (SPLIT_HEAD ? group * KEYS * 128 : 0);
         meet(1, 256);
-        float part[32];
         pin(part);
         products_begin();
 #pragma unroll
-        for (int c = 0; c < KEYS / 16; c++) {
-            // 64 queries and 64 values of the head for each warpgroup.
-            int of_queries = QUERIES == 64 ? 0 : group, of_head = QUERIES == 64 ? group : 0;
-            multiply<1, 1>(part, tile(ds + of_queries * KEYS * 128 + c * 16 * 128, 16),
-                           tile(k + of_head * KEYS * 128 + c * 16 * 128, 16), c > 0);
-        }
+        for (int c = 0; c < KEYS / 16; c++)
+            multiply<1, 1>(part, tile(ds + c * 16 * 128, 16), tile(of_k + c * 16 * 128, 16), c > 0);
         products_commit();
-        products_wait<0>();
-        pin(part);
-        pin(sum_k);
-        pin(sum_v);
-        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.free[stage]);
+    };
+    auto store_queries = [&](int i, const float(&part)[32]) {
+        int head = kv * shared_by + i / tiles, column = (begin + i % tiles) * QUERIES;
         if (threadIdx.x % 128 == 0) added();
         meet(2 + group, 128);
 #pragma unroll
@@ -364,6 +342,97 @@ __device__ __forceinline__ void backward(const TensorMap *map_q, const TensorMap
             size_t at = (static_cast<size_t>(b) * heads + head) * padded * D + static_cast<size_t>(column) * D + group * 4096;
             add_bytes(dq + at, shared.dq[group], 4096 * 4);
         }
+    };
+    barrier_wait(&shared.kv_full, 0);
+    score(0);
+    products_wait<0>();
+    pin(s);
+    for (int i = 0; i < rounds; i++) {
+        int stage = i % 2, column = (begin + i % tiles) * QUERIES;
+        uint32_t q = shared_address(shared.q[stage]), g = shared_address(shared.g[stage]);
+        uint32_t p[QUERIES / 4];
+        {
+            float d[QUERIES / 2];
+            pin(d);
+            products_begin();
+            scores<D, KEYS, QUERIES>(d, own_v, g);
+            products_commit();
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++) {
+                float2 sums = *reinterpret_cast<const float2 *>(&shared.lse[stage][8 * n + place.column]);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    s[4 * n + e] = exp2f(s[4 * n + e] * scale_log2 - (e % 2 ? sums.y : sums.x) * LOG2E);
+            }
+            if (!rules.all(column, QUERIES, first + group * 64, 64)) {
+                int from = column + place.column, low[2], width[2];
+                for (int r = 0; r < 2; r++) {
+                    int j = row + 8 * r;
+                    low[r] = rules.first_query(j) - from;
+                    width[r] = max(0, rules.end_query(j) - rules.first_query(j));
+                }
+#pragma unroll
+                for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (static_cast<unsigned>(8 * n + e % 2 - low[e / 2]) >= static_cast<unsigned>(width[e / 2]))
+                            s[4 * n + e] = 0;
+                if (rules.segments) {
+#pragma unroll
+                    for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (!rules.same(from + 8 * n + e % 2, row + 8 * (e / 2))) s[4 * n + e] = 0;
+                }
+            }
+            products_wait<0>();
+            pin(d);
+            uint32_t ds = own_ds + (i % 3) * KEYS * QUERIES * 2;
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++) {
+                float2 means = *reinterpret_cast<const float2 *>(&shared.delta[stage][8 * n + place.column]);
+                uint32_t at = ds + (n / 8) * KEYS * 128 + (((n % 8) * 16) ^ swizzle);
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    p[2 * n + r] = pack(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]);
+                    uint32_t pair = pack(s[4 * n + 2 * r] * (d[4 * n + 2 * r] - means.x),
+                                         s[4 * n + 2 * r + 1] * (d[4 * n + 2 * r + 1] - means.y));
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + r * 8 * 128), "r"(pair) : "memory");
+                }
+            }
+        }
+        fence_async();
+        meet(2 + group, 128);
+        uint32_t ds = shared_address(shared.ds[i % 3]) + group * 64 * 128;
+        pin(sum_k);
+        pin(sum_v);
+        products_begin();
+#pragma unroll
+        for (int c = 0; c < QUERIES / 16; c++) multiply<1>(sum_v, p + 4 * c, tile(g + c * 16 * 128, QUERIES * 128), 1);
+#pragma unroll
+        for (int c = 0; c < QUERIES / 16; c++) {
+            // 16 queries: a quarter of a column of 64.
+            uint32_t of_ds = ds + (c / 4) * KEYS * 128 + (c % 4) * 32;
+            multiply<0, 1>(sum_k, tile(of_ds, 16), tile(q + c * 16 * 128, QUERIES * 128), 1);
+        }
+        products_commit();
+        score(i + 1);
+        float part[32];
+        add_queries(i - 1, part);
+        products_wait<0>();
+        pin(part);
+        pin(sum_k);
+        pin(sum_v);
+        pin(s);
+        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.free[stage]);
+        if (i > 0) store_queries(i - 1, part);
+    }
+    if (rounds > 0) {
+        float part[32];
+        add_queries(rounds - 1, part);
+        products_wait<0>();
+        pin(part);
+        store_queries(rounds - 1, part);
     }
     if (threadIdx.x % 128 == 0) added();
 #pragma unroll
@@ -395,7 +464,7 @@ extern __shared__ __align__(1024) char memory[];
         NAME(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,   \
              bf16 *out, int out_stride, float *lse, int t, int padded, int heads, int kv_heads, float scale, int causal,      \
              int window, const uint32_t *segments) {                                                                          \
-        ON_HOPPER(Rules rules{t, causal, window, segments ? segments + static_cast<size_t>(blockIdx.z) * t : nullptr};        \
+        ON_HOPPER(Rules rules{t, causal, window, segments ? segments + static_cast<size_t>(blockIdx.x / heads) * t : nullptr}; \
                   forward<D, GROUPS, PRODUCER_REGISTERS, REGISTERS>(&q, &k, &v, out, out_stride, lse, padded, heads,          \
                                                                     kv_heads, scale, rules, memory));                         \
     }
@@ -409,7 +478,7 @@ FORWARD(attention_forward_128, 128, 2, 24, 240)
              const __grid_constant__ TensorMap g, const float *lse, const float *delta, float *dq, bf16 *dk, bf16 *dv,        \
              int d_stride, int t, int padded, int heads, int kv_heads, float scale, int causal, int window,                   \
              const uint32_t *segments) {                                                                                      \
-        ON_HOPPER(Rules rules{t, causal, window, segments ? segments + static_cast<size_t>(blockIdx.z) * t : nullptr};        \
+        ON_HOPPER(Rules rules{t, causal, window, segments ? segments + static_cast<size_t>(blockIdx.x / kv_heads) * t : nullptr}; \
                   backward<D, QUERIES>(&q, &k, &v, &g, lse, delta, dq, dk, dv, d_stride, padded, heads, kv_heads, scale,      \
                                        rules, memory));                                                                       \
     }

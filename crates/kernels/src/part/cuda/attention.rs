@@ -1,7 +1,7 @@
 //! The attention part on a device.
 
 use super::group::KeptOn;
-use super::{BackOn, Flat, Rows, finish, normed};
+use super::{BackOn, Flat, Input, Rows, finish, normed};
 use crate::attention::cuda::{Views, backward, forward, supports};
 use crate::cuda::{Gpu, View};
 use crate::part::AttentionPart;
@@ -49,11 +49,11 @@ impl AttentionPart {
         let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, qkv.view()))?;
         drop(held);
         self.turn_on(gpu, qkv.view(), size, false)?;
-        let out = Rows::new(gpu, n, output.d_in)?;
+        let out = Rows::bordered(gpu, n, output.d_in)?;
         let log_sums = forward(gpu, &self.dims(size), &self.spec, self.within(qkv.view()), out.view())?;
         let y = Rows::new(gpu, n, output.d_out())?;
         let residual = self.residual.then_some(x);
-        let kept_output = output.forward_on(gpu, out.view(), n, flat, (residual, y.view()))?;
+        let kept_output = output.forward_on(gpu, out.input(), n, flat, (residual, y.view()))?;
         Ok((y, SavedOn { qkv, out, log_sums, inputs: kept_inputs, output: kept_output }))
     }
 
@@ -63,9 +63,9 @@ impl AttentionPart {
         let n = size.0 * size.1;
         let d_out = Rows::new(gpu, n, output.d_in)?;
         let to = (d_parameters, Some(d_out.view()));
-        let d_inner = output.backward_on(gpu, (g, n), &saved.output, flat, to)?;
+        let d_inner = output.backward_on(gpu, (Input::plain(g), n), &saved.output, flat, to)?;
         output.down_on(gpu, (saved.out.view(), n), d_inner.as_ref(), d_parameters)?;
-        let d_qkv = Rows::new(gpu, n, inputs.d_out())?;
+        let d_qkv = Rows::bordered(gpu, n, inputs.d_out())?;
         let (qkv, kept) = (self.within(saved.qkv.view()), (saved.out.view(), &saved.log_sums));
         backward(gpu, &self.dims(size), &self.spec, qkv, kept, d_out.view(), self.within(d_qkv.view()))?;
         drop(d_out);
@@ -73,8 +73,8 @@ impl AttentionPart {
         let (rows, _held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
         let dx = wants_x.then(|| Rows::new(gpu, n, inputs.d_in)).transpose()?;
         let to = (d_parameters, dx.as_ref().map(Rows::view));
-        let d_inner = inputs.backward_on(gpu, (d_qkv.view(), n), &saved.inputs, flat, to)?;
-        inputs.down_on(gpu, (rows, n), d_inner.as_ref(), d_parameters)?;
+        let d_inner = inputs.backward_on(gpu, (d_qkv.input(), n), &saved.inputs, flat, to)?;
+        inputs.down_on(gpu, (rows.view, n), d_inner.as_ref(), d_parameters)?;
         let residual = self.residual.then_some(g);
         dx.map(|dx| finish(gpu, self.norm.as_ref(), (x, dx), residual, (n, inputs.d_in))).transpose()
     }

@@ -1,7 +1,7 @@
 //! The feed-forward part on a device.
 
 use super::group::KeptOn;
-use super::{BackOn, Flat, Rows, finish, normed};
+use super::{BackOn, Flat, Input, Rows, finish, normed};
 use crate::activation::cuda::{backward, forward, gated_backward, gated_forward};
 use crate::cuda::{Gpu, View};
 use crate::part::FeedForwardPart;
@@ -33,7 +33,7 @@ impl FeedForwardPart {
         let hidden = Rows::new(gpu, n, inputs.d_out())?;
         let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, hidden.view()))?;
         drop(held);
-        let (inner, width) = (Rows::new(gpu, n, output.d_in)?, output.d_in);
+        let (inner, width) = (Rows::bordered(gpu, n, output.d_in)?, output.d_in);
         let from = hidden.view();
         if self.gated {
             gated_forward(gpu, self.activation, from, from.columns(width), inner.view(), (n, width))?;
@@ -42,7 +42,7 @@ impl FeedForwardPart {
         }
         let y = Rows::new(gpu, n, output.d_out())?;
         let residual = self.residual.then_some(x);
-        let kept_output = output.forward_on(gpu, inner.view(), n, flat, (residual, y.view()))?;
+        let kept_output = output.forward_on(gpu, inner.input(), n, flat, (residual, y.view()))?;
         Ok((y, SavedOn { hidden, inputs: kept_inputs, output: kept_output }))
     }
 
@@ -53,8 +53,9 @@ impl FeedForwardPart {
         let width = output.d_in;
         // The inner rows are needed for the gradient of A only; they come with that of the hidden ones.
         let (d_rows, inner) = (Rows::new(gpu, n, width)?, Rows::new(gpu, n, width)?);
-        let d_hidden = Rows::new(gpu, n, inputs.d_out())?;
-        let d_inner = output.backward_on(gpu, (g, n), &saved.output, flat, (d_parameters, Some(d_rows.view())))?;
+        let d_hidden = Rows::bordered(gpu, n, inputs.d_out())?;
+        let to = (d_parameters, Some(d_rows.view()));
+        let d_inner = output.backward_on(gpu, (Input::plain(g), n), &saved.output, flat, to)?;
         let (from, to) = (saved.hidden.view(), d_hidden.view());
         if self.gated {
             let (up, d_up) = (from.columns(width), to.columns(width));
@@ -68,8 +69,8 @@ impl FeedForwardPart {
         let (rows, _held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
         let dx = wants_x.then(|| Rows::new(gpu, n, inputs.d_in)).transpose()?;
         let to = (d_parameters, dx.as_ref().map(Rows::view));
-        let d_inner = inputs.backward_on(gpu, (d_hidden.view(), n), &saved.inputs, flat, to)?;
-        inputs.down_on(gpu, (rows, n), d_inner.as_ref(), d_parameters)?;
+        let d_inner = inputs.backward_on(gpu, (d_hidden.input(), n), &saved.inputs, flat, to)?;
+        inputs.down_on(gpu, (rows.view, n), d_inner.as_ref(), d_parameters)?;
         let residual = self.residual.then_some(g);
         dx.map(|dx| finish(gpu, self.norm.as_ref(), (x, dx), residual, (n, inputs.d_in))).transpose()
     }

@@ -1,12 +1,13 @@
 //! Projections that read the same rows, on a device: one product where their weights lie one after the other.
 
-use super::{Flat, Rows, exact};
+use super::{Flat, Input, Rows, exact};
 use crate::cuda::product::{Operand, Out, multiply};
-use crate::cuda::{Gpu, View, address, rows};
-use crate::frozen::FrozenWeight;
+use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
+use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
 use crate::part::group::Group;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
+use std::sync::{Arc, PoisonError};
 
 /// What a forward pass keeps.
 pub(in crate::part) struct KeptOn {
@@ -16,13 +17,19 @@ pub(in crate::part) struct KeptOn {
     sums: Option<Rows>,
 }
 
+/// The gradient of A x, and what holds it if it is not in a border.
+pub(in crate::part) struct Slopes {
+    view: View,
+    _held: Option<Rows>,
+}
+
 /// The weight in bf16 and what holds it.
 fn dense(weight: &FrozenWeight) -> Result<(View, Tensor)> {
-    let tensor = match weight {
-        FrozenWeight::Dense(w) if w.dtype() == DType::BF16 => w.clone(),
-        other => other.dequantize(DType::BF16)?.contiguous()?,
+    let tensor = match weight.as_dense() {
+        Some(w) if w.dtype() == DType::BF16 => w.clone(),
+        _ => weight.dequantize(DType::BF16)?.contiguous()?,
     };
-    Ok((View::new(address::<bf16>(&tensor)?, weight.d_in()), tensor))
+    Ok((matrix(&tensor)?, tensor))
 }
 
 /// The address of an f32 value.
@@ -63,14 +70,15 @@ impl Group<'_> {
         })
     }
 
-    /// The weights as matrices [outputs, d_in], each with its first output: one if they lie one after the other.
+    /// The weights as matrices [outputs, d_in], each with its first output: one if they lie one below the other.
     fn weights(&self) -> Result<Vec<(View, Tensor, usize, usize)>> {
         let mut all: Vec<(View, Tensor, usize, usize)> = Vec::with_capacity(self.members.len());
         for (member, first) in self.members.iter().zip(self.offsets()) {
             let (view, tensor) = dense(&member.weight)?;
             let width = member.weight.d_out();
             if let Some((before, _, _, outputs)) = all.last_mut()
-                && before.at + (*outputs * self.d_in * size_of::<bf16>()) as u64 == view.at
+                && before.stride == view.stride
+                && before.at + (*outputs * view.stride * size_of::<bf16>()) as u64 == view.at
             {
                 *outputs += width;
                 continue;
@@ -80,11 +88,52 @@ impl Group<'_> {
         Ok(all)
     }
 
+    /// The weights of all members in one piece, if there is room for their factors in its border.
+    fn whole(&self) -> Option<&Arc<Whole>> {
+        let mut found: Option<&Arc<Whole>> = None;
+        for (member, at) in self.members.iter().zip(self.offsets()) {
+            let FrozenWeight::Bordered(Bordered { whole, first, .. }) = &*member.weight else { return None };
+            if *first != at || found.is_some_and(|found| !Arc::ptr_eq(found, whole)) {
+                return None;
+            }
+            found = Some(whole);
+        }
+        found.filter(|whole| whole.d_out == self.d_out() && (1..=BORDER).contains(&self.ranks) && self.members.len() <= 3)
+    }
+
+    /// Launches `product` with the factors in the border of `whole`.
+    fn with_border(
+        &self,
+        gpu: &Gpu,
+        whole: &Whole,
+        flat: &Flat,
+        product: impl FnOnce(View) -> Result<()>,
+    ) -> Result<()> {
+        let view = matrix(&whole.values)?;
+        let mut holds = whole.holds.lock().unwrap_or_else(PoisonError::into_inner);
+        if *holds != flat.id {
+            let mut words = [0u32; 19];
+            words[0] = self.members.len() as u32;
+            for (i, ((member, place), first)) in self.members.iter().zip(&self.places).zip(self.offsets()).enumerate() {
+                let fields = [member.weight.d_out(), first, place.row, place.rank, place.b.start];
+                fields.iter().enumerate().for_each(|(k, field)| words[1 + 3 * k + i] = *field as u32);
+                words[16 + i] = member.scale().to_bits();
+            }
+            let (d_out, values, a) = (self.d_out(), flat.exact(0), self.a.start);
+            let blocks = (self.ranks * (d_out + self.d_in)).div_ceil(1024);
+            let grid = ((blocks, 1, 1), 256, 0);
+            let (d_in, ranks) = (self.d_in, self.ranks);
+            launch_with!(gpu, "border_fill", grid, view.at, view.stride, d_out, d_in, values, a, ranks, words)?;
+            *holds = flat.id;
+        }
+        product(view)
+    }
+
     /// Writes the outputs of all members for rows `x` [n, d_in] side by side; `residual` is added to the first one's.
     pub(in crate::part) fn forward_on(
         &self,
         gpu: &Gpu,
-        x: View,
+        x: Input,
         n: usize,
         flat: &Flat,
         (residual, out): (Option<View>, View),
@@ -93,20 +142,28 @@ impl Group<'_> {
         if let Some(inner) = &inner {
             let a = flat.matrix(self.a.start, self.d_in);
             let size = (n, self.ranks, self.d_in);
-            multiply(gpu, size, plain(x), transposed(a), Out::Bf16(inner.view()), None, 1.0)?;
+            multiply(gpu, size, plain(x.view), transposed(a), Out::Bf16(inner.view()), None, 1.0)?;
         }
         let gains = self.places.iter().any(|p| p.gain.is_some());
         let sums = gains.then(|| Rows::new(gpu, n, self.d_out())).transpose()?;
         let to = sums.as_ref().map_or(out, Rows::view);
-        for (weight, _held, first, outputs) in self.weights()? {
-            let whole = first == 0 && outputs == self.members[0].weight.d_out();
-            let add = residual.filter(|_| whole && !gains);
-            let size = (n, outputs, self.d_in);
-            multiply(gpu, size, plain(x), transposed(weight), Out::Bf16(to.columns(first)), beside(add), 1.0)?;
-        }
         let members = || self.members.iter().zip(&self.places).zip(self.offsets());
-        if let Some(inner) = &inner {
+        let add = residual.filter(|_| self.members.len() == 1 && !gains);
+        if let (Some(whole), Some(inner)) = (self.whole().filter(|_| x.border), &inner) {
+            let border = x.view.columns(self.d_in);
+            rows::affine(gpu, inner.view(), None, None, None, border, (n, self.ranks))?;
+            self.with_border(gpu, whole, flat, |whole| {
+                let size = (n, self.d_out(), self.d_in + self.ranks);
+                multiply(gpu, size, plain(x.view), transposed(whole), Out::Bf16(to), beside(add), 1.0)
+            })?;
+        } else {
+            for (weight, _held, first, outputs) in self.weights()? {
+                let size = (n, outputs, self.d_in);
+                let to = Out::Bf16(to.columns(first));
+                multiply(gpu, size, plain(x.view), transposed(weight), to, beside(add), 1.0)?;
+            }
             for ((member, place), first) in members().filter(|((_, p), _)| p.rank > 0) {
+                let Some(inner) = &inner else { break };
                 let b = flat.matrix(place.b.start, place.rank);
                 let (size, sum) = ((n, member.weight.d_out(), place.rank), to.columns(first));
                 let u = plain(inner.view().columns(place.row));
@@ -115,12 +172,12 @@ impl Group<'_> {
         }
         for (i, ((member, place), first)) in members().enumerate() {
             let bias = member.bias.as_ref().map(exact).transpose()?;
-            if !gains && bias.is_none() {
+            let residual = residual.filter(|_| i == 0 && add.is_none());
+            if !gains && bias.is_none() && residual.is_none() {
                 continue;
             }
             let gain = place.gain.as_ref().map(|g| flat.exact(g.start));
             let bias = bias.as_ref().map(address::<f32>).transpose()?;
-            let residual = residual.filter(|_| i == 0 && gains);
             let size = (n, member.weight.d_out());
             rows::affine(gpu, to.columns(first), gain, bias, residual, out.columns(first), size)?;
         }
@@ -132,21 +189,30 @@ impl Group<'_> {
     pub(in crate::part) fn backward_on(
         &self,
         gpu: &Gpu,
-        (g, n): (View, usize),
+        (g, n): (Input, usize),
         kept: &KeptOn,
         flat: &Flat,
         (d_parameters, dx): (Option<u64>, Option<View>),
-    ) -> Result<Option<Rows>> {
+    ) -> Result<Option<Slopes>> {
         let members = || self.members.iter().zip(&self.places).zip(self.offsets());
         // With a gain, what reaches the sum below it is g times as much.
-        let scaled = kept.sums.as_ref().map(|sums| self.below_gains(gpu, (g, n), sums, flat, d_parameters)).transpose()?;
-        let below = scaled.as_ref().map_or(g, Rows::view);
-        let d_inner = kept.inner.as_ref().map(|u| Rows::new(gpu, n, u.columns)).transpose()?;
-        if let (Some(inner), Some(d_inner)) = (&kept.inner, &d_inner) {
+        let below = |sums| self.below_gains(gpu, (g.view, n), sums, flat, d_parameters);
+        let scaled = kept.sums.as_ref().map(below).transpose()?;
+        let below = scaled.as_ref().map_or(g, Rows::input);
+        let whole = self.whole().filter(|_| below.border);
+        let slopes = match (&kept.inner, whole) {
+            (None, _) => None,
+            (Some(_), Some(_)) => Some(Slopes { view: below.view.columns(self.d_out()), _held: scaled }),
+            (Some(inner), None) => {
+                let rows = Rows::new(gpu, n, inner.stride)?;
+                Some(Slopes { view: rows.view(), _held: Some(rows) })
+            }
+        };
+        if let (Some(inner), Some(slopes)) = (&kept.inner, &slopes) {
             for ((member, place), first) in members().filter(|((_, p), _)| p.rank > 0) {
                 let (d_out, rank) = (member.weight.d_out(), place.rank);
-                let (b, g) = (flat.matrix(place.b.start, rank), below.columns(first));
-                let to = Out::Bf16(d_inner.view().columns(place.row));
+                let (b, g) = (flat.matrix(place.b.start, rank), below.view.columns(first));
+                let to = Out::Bf16(slopes.view.columns(place.row));
                 multiply(gpu, (n, rank, d_out), plain(g), plain(b), to, None, member.scale())?;
                 if let Some(d) = d_parameters {
                     let to = Out::F32 { at: value(d, place.b.start), stride: rank };
@@ -155,16 +221,23 @@ impl Group<'_> {
                 }
             }
         }
-        let Some(dx) = dx else { return Ok(d_inner) };
+        let Some(dx) = dx else { return Ok(slopes) };
+        if let Some(whole) = whole.filter(|_| slopes.is_some()) {
+            self.with_border(gpu, whole, flat, |whole| {
+                let size = (n, self.d_in, self.d_out() + self.ranks);
+                multiply(gpu, size, plain(below.view), plain(whole), Out::Bf16(dx), None, 1.0)
+            })?;
+            return Ok(slopes);
+        }
         for (i, (weight, _held, first, outputs)) in self.weights()?.into_iter().enumerate() {
             let (size, add) = ((n, self.d_in, outputs), Some(dx).filter(|_| i > 0));
-            multiply(gpu, size, plain(below.columns(first)), plain(weight), Out::Bf16(dx), beside(add), 1.0)?;
+            multiply(gpu, size, plain(below.view.columns(first)), plain(weight), Out::Bf16(dx), beside(add), 1.0)?;
         }
-        if let Some(d_inner) = &d_inner {
+        if let Some(slopes) = &slopes {
             let (a, size) = (flat.matrix(self.a.start, self.d_in), (n, self.d_in, self.ranks));
-            multiply(gpu, size, plain(d_inner.view()), plain(a), Out::Bf16(dx), beside(Some(dx)), 1.0)?;
+            multiply(gpu, size, plain(slopes.view), plain(a), Out::Bf16(dx), beside(Some(dx)), 1.0)?;
         }
-        Ok(d_inner)
+        Ok(slopes)
     }
 
     /// Adds the gradient of A to zeros, for rows `x` [n, d_in] and the gradient of A x.
@@ -172,12 +245,12 @@ impl Group<'_> {
         &self,
         gpu: &Gpu,
         (x, n): (View, usize),
-        d_inner: Option<&Rows>,
+        slopes: Option<&Slopes>,
         d_parameters: Option<u64>,
     ) -> Result<()> {
-        let (Some(d_inner), Some(d)) = (d_inner, d_parameters) else { return Ok(()) };
+        let (Some(slopes), Some(d)) = (slopes, d_parameters) else { return Ok(()) };
         let to = Out::F32 { at: value(d, self.a.start), stride: self.d_in };
-        multiply(gpu, (self.ranks, self.d_in, n), transposed(d_inner.view()), plain(x), to, None, 1.0)
+        multiply(gpu, (self.ranks, self.d_in, n), transposed(slopes.view), plain(x), to, None, 1.0)
     }
 
     /// What reaches the sums for `g` of the outputs; the gradients of the gains are added to zeros.
@@ -189,7 +262,7 @@ impl Group<'_> {
         flat: &Flat,
         d_parameters: Option<u64>,
     ) -> Result<Rows> {
-        let below = Rows::new(gpu, n, self.d_out())?;
+        let below = Rows::bordered(gpu, n, self.d_out())?;
         for ((member, place), first) in self.members.iter().zip(&self.places).zip(self.offsets()) {
             let (from, to, size) = (g.columns(first), below.view().columns(first), (n, member.weight.d_out()));
             let Some(gain) = &place.gain else {

@@ -9,27 +9,52 @@ mod group;
 
 use super::PartNorm;
 use crate::cuda::{Gpu, View, address_of, rows};
+use crate::frozen::BORDER;
 use crate::norm::cuda::{Kind, Norm};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaStorage, DType, Layout, Result, Tensor};
 use half::bf16;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A matrix of bf16 that a kernel wrote.
 pub(super) struct Rows {
     data: CudaSlice<bf16>,
     at: u64,
-    columns: usize,
+    stride: usize,
+    border: bool,
+}
+
+/// Rows that a group reads, and whether each goes on with [`BORDER`] values that the group may write.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::part) struct Input {
+    view: View,
+    border: bool,
+}
+
+impl Input {
+    fn plain(view: View) -> Self {
+        Self { view, border: false }
+    }
 }
 
 impl Rows {
     /// Room for [n, columns].
     pub(super) fn new(gpu: &Gpu, n: usize, columns: usize) -> Result<Self> {
         let data = gpu.alloc::<bf16>(n * columns)?;
-        Ok(Self { at: gpu.address(&data), data, columns })
+        Ok(Self { at: gpu.address(&data), data, stride: columns, border: false })
+    }
+
+    /// Room for [n, columns] and a border.
+    fn bordered(gpu: &Gpu, n: usize, columns: usize) -> Result<Self> {
+        Ok(Self { border: true, ..Self::new(gpu, n, columns + BORDER)? })
     }
 
     pub(super) fn view(&self) -> View {
-        View::new(self.at, self.columns)
+        View::new(self.at, self.stride)
+    }
+
+    fn input(&self) -> Input {
+        Input { view: self.view(), border: self.border }
     }
 
     /// As a tensor.
@@ -46,6 +71,8 @@ impl Rows {
 pub(super) struct Flat {
     values: u64,
     rounded: Rows,
+    /// Another number for each: tells whose factors are in a border.
+    id: u64,
 }
 
 impl Flat {
@@ -54,7 +81,8 @@ impl Flat {
         let (n, values) = (layout.shape().elem_count(), address_of::<f32>(storage, layout)?);
         let rounded = Rows::new(gpu, 1, n)?;
         rows::to_bf16(gpu, values, rounded.at, n)?;
-        Ok(Self { values, rounded })
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Ok(Self { values, rounded, id: NEXT.fetch_add(1, Ordering::Relaxed) })
     }
 
     /// Address of the value at `index` in f32.
@@ -93,11 +121,11 @@ impl PartNorm {
 }
 
 /// The rows [n, h] that the projections read: those of `x` after the norm, and what holds them.
-fn normed(gpu: &Gpu, norm: Option<&PartNorm>, x: View, (n, h): (usize, usize)) -> Result<(View, Option<Rows>)> {
-    let Some(norm) = norm else { return Ok((x, None)) };
-    let rows = Rows::new(gpu, n, h)?;
+fn normed(gpu: &Gpu, norm: Option<&PartNorm>, x: View, (n, h): (usize, usize)) -> Result<(Input, Option<Rows>)> {
+    let Some(norm) = norm else { return Ok((Input::plain(x), None)) };
+    let rows = Rows::bordered(gpu, n, h)?;
     crate::norm::cuda::forward(gpu, &norm.on_device(), x, rows.view(), (n, h))?;
-    Ok((rows.view(), Some(rows)))
+    Ok((rows.input(), Some(rows)))
 }
 
 /// The gradient of a part's input from that of its normalised rows and, through the residual sum, of its result.
