@@ -8,11 +8,25 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 use espalier_kernels::low_rank::low_rank_linear;
 
 use crate::Result;
+
+/// Factors g `[d_out]` per output.
+#[derive(Debug, Clone)]
+pub enum Gain<'a> {
+    /// These values.
+    Values(Tensor),
+    /// A magnitude `[d_out]` over the norm of each row of W' + s B A, which has no gradient (DoRA).
+    OverNorm {
+        /// The magnitude.
+        magnitude: &'a Tensor,
+        /// |W'|^2 by row `[d_out]`, W' the residual where there is one.
+        square: Tensor,
+    },
+}
 
 /// A method's change written as scale, B, A and gains, so that fused kernels and merging need to know no method.
 #[derive(Debug, Clone)]
@@ -26,7 +40,7 @@ pub struct LowRankView<'a> {
     /// Factors c `[R]` per rank.
     pub rank_scale: Option<&'a Tensor>,
     /// Factors g `[d_out]` per output, on base and product alike.
-    pub gain: Option<Tensor>,
+    pub gain: Option<Gain<'a>>,
     /// A frozen weight used in place of the base (initialisations that move a part of the base into the adapter).
     pub residual: Option<&'a Arc<FrozenWeight>>,
 }
@@ -46,7 +60,7 @@ impl<'a> LowRankView<'a> {
 
     /// With factors per output.
     #[must_use]
-    pub fn gain(mut self, gain: Tensor) -> Self {
+    pub fn gain(mut self, gain: Gain<'a>) -> Self {
         self.gain = Some(gain);
         self
     }
@@ -56,6 +70,37 @@ impl<'a> LowRankView<'a> {
     pub fn residual(mut self, weight: Option<&'a Arc<FrozenWeight>>) -> Self {
         self.residual = weight;
         self
+    }
+
+    /// The values of the gain, where there is one.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn gains(&self, base: &Arc<FrozenWeight>) -> Result<Option<Tensor>> {
+        Ok(match &self.gain {
+            None => None,
+            Some(Gain::Values(values)) => Some(values.clone()),
+            Some(Gain::OverNorm { magnitude, square }) => {
+                let norm = self.row_norms(self.residual.unwrap_or(base), square)?;
+                Some(magnitude.div(&norm.to_dtype(magnitude.dtype())?)?)
+            }
+        })
+    }
+
+    /// |W + s B A| by row `[d_out]` in f64, off the tape, from |W|^2: by |w_i|^2 + 2 s <(W A^T)_i, b_i> + s^2 <b_i (A A^T), b_i>.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn row_norms(&self, weight: &Arc<FrozenWeight>, square: &Tensor) -> Result<Tensor> {
+        let a = self.a.detach();
+        let b = self.b.detach().to_dtype(DType::F64)?;
+        let wa = weight.forward(&a)?.t()?.to_dtype(DType::F64)?;
+        let cross = (wa * &b)?.sum(D::Minus1)?;
+        let a = a.to_dtype(DType::F64)?;
+        let gram = a.matmul(&a.t()?)?;
+        let own = (b.matmul(&gram)? * &b)?.sum(D::Minus1)?;
+        let change = ((cross * (2.0 * self.scale))? + (own * (self.scale * self.scale))?)?;
+        Ok((square.to_dtype(DType::F64)? + change)?.maximum(0.0)?.sqrt()?)
     }
 
     /// The product's part s * B (c * (A x)), in the dtype of `a`; `x` [.., d_in] -> [.., d_out].
@@ -103,8 +148,8 @@ impl<'a> LowRankView<'a> {
                 (y.to_dtype(self.a.dtype())? + self.product(dropped.unwrap_or(x))?)?
             }
         };
-        let sum = match &self.gain {
-            Some(gain) => sum.to_dtype(gain.dtype())?.broadcast_mul(gain)?,
+        let sum = match self.gains(base)? {
+            Some(gain) => sum.to_dtype(gain.dtype())?.broadcast_mul(&gain)?,
             None => sum,
         };
         Ok(sum.to_dtype(x.dtype())?)
@@ -139,7 +184,7 @@ impl<'a> LowRankView<'a> {
             None => original.clone(),
         };
         let mut adapted = (start + product)?;
-        if let Some(gain) = &self.gain {
+        if let Some(gain) = self.gains(base)? {
             adapted = adapted.broadcast_mul(&gain.detach().to_dtype(DType::F32)?.unsqueeze(1)?)?;
         }
         Ok((adapted - original)?)

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use espalier_kernels::frozen::FrozenWeight;
 use espalier_kernels::norm;
-use espalier_kernels::part::{Factors, PartNorm, Projection};
+use espalier_kernels::part::{self, Factors, PartNorm, Projection};
 
 use crate::adapter::Adapter;
+use crate::low_rank::Gain;
 pub use crate::embedding::{Embedding, TokenRows};
 use crate::{Error, Flow, Result};
 
@@ -119,10 +120,20 @@ impl Linear {
             Some(scale) => view.a.broadcast_mul(&scale.unsqueeze(1)?)?,
             None => view.a.clone(),
         };
-        let factors = Factors { rank: a.dim(0)?, scale: view.scale, gain: view.gain.is_some() };
         let weight = view.residual.unwrap_or(&self.base).clone();
+        // A device computes the norms of a group beside its products.
+        let (gain, values) = match &view.gain {
+            Some(Gain::OverNorm { magnitude, square }) if weight.is_bf16_on_device() => {
+                (Some(part::Gain::OverNorm { square: square.clone() }), Some((*magnitude).clone()))
+            }
+            _ => {
+                let values = view.gains(&self.base)?;
+                (values.as_ref().map(|_| part::Gain::Given), values)
+            }
+        };
+        let factors = Factors { rank: a.dim(0)?, scale: view.scale, gain };
         let projection = Projection { weight, low_rank: Some(factors), ..plain };
-        Ok(Some(Projected { projection, factors: Some((a, view.b.clone(), view.gain)) }))
+        Ok(Some(Projected { projection, factors: Some((a, view.b.clone(), values)) }))
     }
 
     /// Module path in the base model's naming.

@@ -10,7 +10,7 @@ use espalier_kernels::cross_entropy::{linear_cross_entropy, reference as loss};
 use espalier_kernels::frozen::FrozenWeight;
 use espalier_kernels::norm::{layer_norm, reference as norm, rms_norm};
 use espalier_kernels::part::{
-    AttentionPart, FeedForwardPart, PartNorm, Projection, attention_part, feed_forward_part, reference,
+    AttentionPart, FeedForwardPart, Gain, PartNorm, Projection, attention_part, feed_forward_part, reference,
 };
 use espalier_kernels::rows::put_rows;
 use std::sync::Arc;
@@ -30,14 +30,12 @@ fn rounded(x: &Tensor) -> Tensor {
 /// A projection with its weights in bf16, and the same on a device.
 fn projections(on: &Device, all: &[Projection]) -> (Vec<Projection>, Vec<Projection>) {
     let weights: Vec<Tensor> = all.iter().map(|p| rounded(p.weight.as_dense().unwrap())).collect();
-    // On the device the weights of a group lie one after the other, as a model lays them.
-    let joined = Tensor::cat(&weights, 0).unwrap().to_device(on).unwrap();
-    let mut first = 0;
+    // On the device the weights of a group are in one piece, as a model lays them.
+    let apart: Vec<_> = weights.iter().map(|w| FrozenWeight::dense(w.to_device(on).unwrap()).unwrap()).collect();
+    let together = FrozenWeight::lay_together(&apart.iter().collect::<Vec<_>>()).unwrap().unwrap();
     all.iter()
-        .zip(&weights)
-        .map(|(p, weight)| {
-            let rows = joined.narrow(0, first, weight.dims()[0]).unwrap();
-            first += weight.dims()[0];
+        .zip(weights.iter().zip(together))
+        .map(|(p, (weight, there))| {
             let bias = p.bias.as_ref().map(rounded);
             let on_cpu = Projection {
                 weight: Arc::new(FrozenWeight::dense(weight.clone()).unwrap()),
@@ -45,13 +43,23 @@ fn projections(on: &Device, all: &[Projection]) -> (Vec<Projection>, Vec<Project
                 low_rank: p.low_rank.clone(),
             };
             let there = Projection {
-                weight: Arc::new(FrozenWeight::dense(rows).unwrap()),
+                weight: Arc::new(there),
                 bias: bias.map(|b| b.to_device(on).unwrap()),
                 low_rank: p.low_rank.clone(),
             };
             (on_cpu, there)
         })
         .unzip()
+}
+
+/// The same with gains over the norms of their rows.
+fn over_norms(all: &mut [Projection]) {
+    for p in all {
+        let square = p.weight.row_squares().unwrap().to_dtype(DType::F32).unwrap();
+        if let Some(factors) = &mut p.low_rank {
+            factors.gain = Some(Gain::OverNorm { square });
+        }
+    }
 }
 
 fn norms(on: &Device, norm: &PartNorm) -> (PartNorm, PartNorm) {
@@ -118,12 +126,23 @@ fn gradients_on(on: &Device, op: Op<'_>, inputs: &[Tensor]) -> (Tensor, Vec<Tens
 fn feed_forward_equals_its_reference() {
     let Some(on) = device() else { return };
     for shape in ["gate and up", "fused", "plain"] {
-        for (name, kind) in [("plain", PLAIN), ("lora", LORA), ("dora", DORA), ("biased", BIASED), ("wide", WIDE)] {
+        let kinds = [
+            ("plain", PLAIN),
+            ("lora", LORA),
+            ("gains", DORA),
+            ("dora", DORA),
+            ("biased", BIASED),
+            ("wide", WIDE),
+        ];
+        for (name, kind) in kinds {
             for (b, t, h, ff) in [(2, 5, 24, 40), (1, 1, 64, 128), (3, 37, 64, 96), (2, 150, 128, 352)] {
                 let (part, flat) = feed(5, (h, ff), kind, shape);
                 let (cpu_norm, norm) = norms(&on, part.norm.as_ref().unwrap());
-                let (cpu_inputs, inputs) = projections(&on, &part.inputs);
+                let (mut cpu_inputs, mut inputs) = projections(&on, &part.inputs);
                 let (mut cpu_output, mut output) = projections(&on, std::slice::from_ref(&part.output));
+                if name == "dora" {
+                    [&mut cpu_inputs, &mut inputs, &mut cpu_output, &mut output].into_iter().for_each(|all| over_norms(all));
+                }
                 let with = |norm, inputs, output| {
                     Arc::new(FeedForwardPart { norm: Some(norm), inputs, output, ..(*part).clone() })
                 };
@@ -172,11 +191,14 @@ fn attention_equals_its_reference() {
             ("packed", AttentionSpec { segments: Some(segments(b, t)), ..causal() }),
         ];
         for (which, spec) in cases {
-            for (name, kind, is_fused) in [("lora", LORA, false), ("dora", DORA, true), ("biased", BIASED, true)] {
+            for (name, kind, is_fused) in [("lora", LORA, false), ("dora", DORA, false), ("biased", BIASED, true)] {
                 let (part, flat) = attend(6, heads, kind, is_fused, t, spec.clone());
                 let (cpu_norm, norm) = norms(&on, part.norm.as_ref().unwrap());
-                let (cpu_inputs, inputs) = projections(&on, &part.inputs);
+                let (mut cpu_inputs, mut inputs) = projections(&on, &part.inputs);
                 let (mut cpu_output, mut output) = projections(&on, std::slice::from_ref(&part.output));
+                if name == "dora" {
+                    [&mut cpu_inputs, &mut inputs, &mut cpu_output, &mut output].into_iter().for_each(|all| over_norms(all));
+                }
                 let with = |norm, inputs, output, rotary| {
                     Arc::new(AttentionPart { norm: Some(norm), inputs, output, rotary, ..(*part).clone() })
                 };
@@ -265,4 +287,23 @@ fn rows_go_to_their_places() {
     let [zeros, index, rows] = [zeros, index, rows].map(|t| t.to_device(&on).unwrap());
     let got = put_rows(&zeros, &index, &rows).unwrap().to_device(&Device::Cpu).unwrap();
     assert_eq!(bits(&got), bits(&want));
+}
+
+#[test]
+fn quantised_weights_are_read_as_on_the_cpu() {
+    let Some(on) = device() else { return };
+    for (d_out, d_in) in [(24, 64), (7, 33), (130, 256)] {
+        let w = randn(&mut rng(4), &[d_out, d_in], DType::F32);
+        let there = w.to_device(&on).unwrap();
+        let pairs = [
+            (FrozenWeight::nf4(&w, false).unwrap(), FrozenWeight::nf4(&there, false).unwrap()),
+            (FrozenWeight::nf4(&w, true).unwrap(), FrozenWeight::nf4(&there, true).unwrap()),
+            (FrozenWeight::int8(&w).unwrap(), FrozenWeight::int8(&there).unwrap()),
+        ];
+        for (cpu, gpu) in pairs {
+            let want = cpu.dequantize(DType::BF16).unwrap();
+            let got = gpu.dequantize(DType::BF16).unwrap().to_device(&Device::Cpu).unwrap();
+            close(&format!("{} [{d_out}, {d_in}]", cpu.dtype_name()), &got, &want, rounding(DType::BF16));
+        }
+    }
 }

@@ -7,14 +7,14 @@
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{D, DType, Tensor};
+use candle_core::Tensor;
 use espalier_kernels::frozen::FrozenWeight;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::lora::{Lora, LoraLayer};
 use crate::adapter::{Adapter, Init, Method, Site};
-use crate::low_rank::LowRankView;
+use crate::low_rank::{Gain, LowRankView};
 use crate::{Error, Flow, ParameterMap, Result};
 
 /// How DoRA is set up: as LoRA.
@@ -66,48 +66,29 @@ pub struct DoraLayer {
     base_square: OnceLock<Tensor>,
 }
 
-/// ||W||^2 by row `[d_out]` in f64 precision where the weight is small enough to matter, f32 otherwise.
-fn squared_rows(weight: &Arc<FrozenWeight>) -> Result<Tensor> {
-    Ok(weight.dequantize(DType::F64)?.sqr()?.sum(D::Minus1)?)
-}
-
 /// ||W + s B A|| by row `[d_out]` in f64.
 fn row_norms(base: &Arc<FrozenWeight>, lora: &LoraLayer) -> Result<Tensor> {
-    norms(lora, base, &squared_rows(lora.residual().unwrap_or(base))?)
-}
-
-/// The low-rank identity: ||w_i||^2 + 2 s <(W A^T)_i, b_i> + s^2 <b_i (A A^T), b_i>.
-fn norms(lora: &LoraLayer, base: &Arc<FrozenWeight>, base_square: &Tensor) -> Result<Tensor> {
     let weight = lora.residual().unwrap_or(base);
-    let a = lora.a.detach();
-    let b = lora.b.detach().to_dtype(DType::F64)?;
-    let wa = weight.forward(&a)?.t()?.to_dtype(DType::F64)?;
-    let cross = (wa * &b)?.sum(D::Minus1)?;
-    let a = a.to_dtype(DType::F64)?;
-    let gram = a.matmul(&a.t()?)?;
-    let own = (b.matmul(&gram)? * &b)?.sum(D::Minus1)?;
-    let square = (base_square + ((cross * (2.0 * lora.scale))? + (own * (lora.scale * lora.scale))?)?)?;
-    Ok(square.maximum(0.0)?.sqrt()?)
+    lora.view().row_norms(weight, &weight.row_squares()?)
 }
 
 impl DoraLayer {
-    /// g = m / ||W + s B A||, differentiable in m only.
-    fn gain(&self, base: &Arc<FrozenWeight>) -> Result<Tensor> {
+    /// The low-rank form with g = m / ||W + s B A||, differentiable in m only.
+    fn view(&self, base: &Arc<FrozenWeight>) -> Result<LowRankView<'_>> {
         let square = match self.base_square.get() {
-            Some(square) => square,
+            Some(square) => square.clone(),
             None => {
-                let square = squared_rows(self.lora.residual().unwrap_or(base))?;
-                self.base_square.get_or_init(|| square)
+                let square = self.lora.residual().unwrap_or(base).row_squares()?;
+                self.base_square.get_or_init(|| square).clone()
             }
         };
-        let norm = norms(&self.lora, base, square)?.to_dtype(self.magnitude.dtype())?;
-        Ok(self.magnitude.div(&norm)?)
+        Ok(self.lora.view().gain(Gain::OverNorm { magnitude: &self.magnitude, square }))
     }
 }
 
 impl Adapter for DoraLayer {
     fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        self.lora.view().gain(self.gain(base)?).forward(base, x, self.lora.dropped(x, flow)?.as_ref())
+        self.view(base)?.forward(base, x, self.lora.dropped(x, flow)?.as_ref())
     }
 
     fn parameters(&self) -> ParameterMap {
@@ -123,7 +104,7 @@ impl Adapter for DoraLayer {
     }
 
     fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView<'_>>> {
-        Ok(Some(self.lora.view().gain(self.gain(base)?)))
+        self.view(base).map(Some)
     }
 
     fn dropout(&self) -> f64 {

@@ -6,7 +6,7 @@
 //! Cost:     one pass
 
 use super::Activation;
-use crate::cuda::rows::{spread, vectors};
+use crate::cuda::rows::{Gains, add_partial, blocks, spread, vectors};
 use crate::cuda::{Gpu, View, launch_with};
 use candle_core::Result;
 
@@ -70,15 +70,15 @@ pub(crate) fn backward(
     )
 }
 
-/// out <- act(gate) up.
+/// out <- act(gate) up; gate and up times `gains` (addresses of f f32, 0: ones).
 ///
 /// # Errors
 /// If the driver refuses the launch.
 pub(crate) fn gated_forward(
     gpu: &Gpu,
     activation: Activation,
-    gate: View,
-    up: View,
+    (gate, up): (View, View),
+    (gate_gain, up_gain): (u64, u64),
     out: View,
     (rows, f): (usize, usize),
 ) -> Result<()> {
@@ -93,6 +93,8 @@ pub(crate) fn gated_forward(
         gate.stride,
         up.at,
         up.stride,
+        gate_gain,
+        up_gain,
         out.at,
         out.stride,
         rows,
@@ -136,4 +138,61 @@ pub(crate) fn gated_backward(
         rows,
         f
     )
+}
+
+/// As [`gated_backward`] where gate and up are sums times gains: the gradients of the sums, and those of the gains, added at the
+/// addresses `d_gains` (f f32, 0: not wanted).
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn gained_backward(
+    gpu: &Gpu,
+    activation: Activation,
+    (gate, up): (View, View),
+    (gains, d_gains): ([Gains; 2], [u64; 2]),
+    d_inner: View,
+    (d_gate, d_up): (View, View),
+    inner: View,
+    (rows, f): (usize, usize),
+) -> Result<()> {
+    if rows == 0 || f == 0 {
+        return Ok(());
+    }
+    blocks(Some(f), (rows, f))?;
+    let tiles = f.div_ceil(256);
+    let pieces = rows.div_ceil(8).min(1024usize.div_ceil(tiles));
+    let scratch = gpu.alloc::<f32>(2 * pieces * f)?;
+    let partial = gpu.address(&scratch);
+    let vector = vectors(&[gate, up, d_inner, d_gate, d_up, inner], f);
+    let name = if vector { "gained_backward" } else { "gained_backward_scalar" };
+    let (grid, kind) = (((tiles, pieces, 1), 256, 0), number(activation));
+    let [a, b] = gains.map(|g| g.values);
+    launch_with!(
+        gpu,
+        name,
+        grid,
+        kind,
+        gate.at,
+        gate.stride,
+        up.at,
+        up.stride,
+        a,
+        b,
+        d_inner.at,
+        d_inner.stride,
+        d_gate.at,
+        d_gate.stride,
+        d_up.at,
+        d_up.stride,
+        inner.at,
+        inner.stride,
+        partial,
+        rows,
+        f
+    )?;
+    for (i, (gains, to)) in gains.iter().zip(d_gains).enumerate().filter(|(_, (_, to))| *to != 0) {
+        let at = partial + (i * pieces * f * size_of::<f32>()) as u64;
+        add_partial(gpu, (at, pieces, f), gains.slopes, to)?;
+    }
+    Ok(())
 }

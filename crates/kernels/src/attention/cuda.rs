@@ -98,7 +98,7 @@ pub(crate) fn backward(
     let sums = gpu.address(log_sums);
     let delta = gpu.alloc::<f32>(b * h * a.padded)?;
     let delta_at = gpu.address(&delta);
-    let rows = ((a.padded.div_ceil(8), h, b), 256, 0);
+    let rows = (((a.padded * h * d / 8).div_ceil(256), b, 1), 256, 0);
     launch_with!(gpu, "attention_delta", rows, g.at, g.stride, out.at, out.stride, delta_at, sums, t, a.padded, h, d)?;
     let dq = gpu.zeros::<f32>(b * h * a.padded * d)?;
     let dq_at = gpu.address(&dq);

@@ -46,12 +46,3 @@ pub(crate) fn in_place(
     };
     launch_with!(gpu, name, grid, scores.at, scores.stride, labels, losses, scale, gradient, slots, rows, vocab)
 }
-
-/// total <- the sum of n values in f64, plus what is there if `add`; addresses of n f32 and of one.
-///
-/// # Errors
-/// If the driver refuses the launch.
-pub(crate) fn sum(gpu: &Gpu, values: u64, n: usize, total: u64, add: bool) -> Result<()> {
-    blocks(Some(0), (n, 1))?;
-    launch_with!(gpu, "cross_entropy_sum", ((1, 1, 1), 1024, 0), values, n, total, add)
-}

@@ -54,8 +54,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &[u32], weights: Option<&[f32]>) -
 
 /// Whether a CUDA device makes scores and losses of rows `x` at once.
 fn runs_on_device(x: &Tensor, weight: &FrozenWeight) -> bool {
-    let bf16 = |t: &Tensor| t.device().is_cuda() && t.dtype() == DType::BF16;
-    cfg!(feature = "cuda") && bf16(x) && weight.as_dense().is_some_and(bf16)
+    x.device().is_cuda() && x.dtype() == DType::BF16 && weight.is_bf16_on_device()
 }
 
 /// Losses `[n]` of rows x [n, h] against `labels` through a frozen output projection `weight` [v, h]: [`cross_entropy`] of

@@ -35,15 +35,6 @@ pub(crate) fn blocks(threads: Option<usize>, size: (usize, usize)) -> Result<usi
     }
 }
 
-/// out `[i]` <- x[index`[i]`], n rows of h values; `index` is the address of n u32.
-///
-/// # Errors
-/// If the driver refuses the launch.
-pub(crate) fn gather(gpu: &Gpu, x: View, index: u64, out: View, (n, h): (usize, usize)) -> Result<()> {
-    let name = if vectors(&[x, out], h) { "rows_gather" } else { "rows_gather_scalar" };
-    launch_with!(gpu, name, spread((n, h), STEP)?, x.at, x.stride, index, out.at, out.stride, n, h)
-}
-
 /// out[index`[i]`] <- rows `[i]`, n rows of h values; `index` is the address of n different u32.
 ///
 /// # Errors
@@ -51,15 +42,6 @@ pub(crate) fn gather(gpu: &Gpu, x: View, index: u64, out: View, (n, h): (usize, 
 pub(crate) fn scatter(gpu: &Gpu, rows: View, index: u64, out: View, (n, h): (usize, usize)) -> Result<()> {
     let name = if vectors(&[rows, out], h) { "rows_scatter" } else { "rows_scatter_scalar" };
     launch_with!(gpu, name, spread((n, h), STEP)?, rows.at, rows.stride, index, out.at, out.stride, n, h)
-}
-
-/// x <- 0.
-///
-/// # Errors
-/// If the driver refuses the launch.
-pub(crate) fn fill_zero(gpu: &Gpu, x: View, (rows, h): (usize, usize)) -> Result<()> {
-    let name = if vectors(&[x], h) { "rows_zero" } else { "rows_zero_scalar" };
-    launch_with!(gpu, name, spread((rows, h), STEP)?, x.at, x.stride, rows, h)
 }
 
 /// Rounds n f32 at `from` to bf16 at `to`.
@@ -100,7 +82,17 @@ pub(crate) fn affine(
     launch_with!(gpu, name, grid, sums.at, sums.stride, gain, bias, other.at, other.stride, y.at, y.stride, rows, w)
 }
 
-/// below <- g gain and d_gain += the column sums of g sums; gain and d_gain are addresses of w f32, and below may be g or sums.
+/// Gains of columns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gains {
+    /// Address of the values, f32.
+    pub(crate) values: u64,
+    /// Address of the factors that make the gradient of a gain that of the parameter it comes from; 0: ones.
+    pub(crate) slopes: u64,
+}
+
+/// below <- g gain and d_gain += slope times the column sums of g sums; d_gain is the address of w f32, and below may be g or
+/// sums.
 ///
 /// # Errors
 /// If the driver refuses the launch.
@@ -108,7 +100,7 @@ pub(crate) fn affine_backward(
     gpu: &Gpu,
     g: View,
     sums: View,
-    gain: u64,
+    gains: Gains,
     below: View,
     d_gain: u64,
     (rows, w): (usize, usize),
@@ -123,21 +115,22 @@ pub(crate) fn affine_backward(
     let scratch = gpu.alloc::<f32>(pieces * w)?;
     let partial = gpu.address(&scratch);
     let name = if vectors(&[g, sums, below], w) { "rows_affine_backward" } else { "rows_affine_backward_scalar" };
-    let grid = ((tiles, pieces, 1), 256, 0);
+    let (grid, gain) = (((tiles, pieces, 1), 256, 0), gains.values);
     launch_with!(
-        gpu,
-        name,
-        grid,
-        g.at,
-        g.stride,
-        sums.at,
-        sums.stride,
-        gain,
-        below.at,
-        below.stride,
-        partial,
-        rows,
-        w
+        gpu, name, grid, g.at, g.stride, sums.at, sums.stride, gain, below.at, below.stride, partial, rows, w
     )?;
-    launch_with!(gpu, "rows_add_partial", ((w.div_ceil(32), 1, 1), 256, 0), partial, pieces, w, d_gain)
+    add_partial(gpu, (partial, pieces, w), gains.slopes, d_gain)
+}
+
+/// to += slope times the sums over rows of `partial` [pieces, w] in f32, all addresses; slopes 0: ones.
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn add_partial(
+    gpu: &Gpu,
+    (partial, pieces, w): (u64, usize, usize),
+    slopes: u64,
+    to: u64,
+) -> Result<()> {
+    launch_with!(gpu, "rows_add_partial", ((w.div_ceil(32), 1, 1), 256, 0), partial, pieces, w, slopes, to)
 }

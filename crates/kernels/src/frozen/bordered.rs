@@ -5,6 +5,7 @@
 //! Shapes:   the whole [sum of d_out + 64, d_in + 64] in bf16: W at the left and above, s B at the right (a block for each map),
 //!           A below
 //! Cost:     64 (d_in + sum of d_out) values of memory for a group
+#![cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "made on CUDA devices only"))]
 
 use candle_core::Tensor;
 use std::sync::{Arc, Mutex};

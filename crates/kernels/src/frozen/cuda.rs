@@ -11,37 +11,16 @@ use candle_core::Result;
 /// Rows a thread.
 const STEP: usize = 4;
 
-/// Where the scales of blocks of 64 weights are.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Scales {
-    /// f32, one a block.
-    Plain(u64),
-    /// map`[code]` * outer[block / 256] + offset.
-    Double {
-        /// u8, one a block.
-        codes: u64,
-        /// f32 `[256]`.
-        map: u64,
-        /// f32, one for 256 blocks.
-        outer: u64,
-        /// Mean of the scales.
-        offset: f32,
-    },
-}
-
-/// out [rows, columns] <- 4-bit normal floats; `codes`: two a byte over the flattened matrix, the first in the high nibble.
+/// out [rows, columns] <- 4-bit normal floats; `codes`: two a byte over the flattened matrix, the first in the high nibble;
+/// `absmax`: f32, one for 64 weights.
 ///
 /// # Errors
 /// If the driver refuses the launch.
-pub(crate) fn nf4(gpu: &Gpu, codes: u64, scales: Scales, out: View, (rows, columns): (usize, usize)) -> Result<()> {
+pub(super) fn nf4(gpu: &Gpu, codes: u64, absmax: u64, out: View, (rows, columns): (usize, usize)) -> Result<()> {
     let vector = vectors(&[out], columns) && codes.is_multiple_of(4);
     let name = if vector { "frozen_nf4" } else { "frozen_nf4_scalar" };
-    let (absmax, inner, map, offset) = match scales {
-        Scales::Plain(absmax) => (absmax, 0, 0, 0f32),
-        Scales::Double { codes, map, outer, offset } => (outer, codes, map, offset),
-    };
     let grid = spread((rows, columns), STEP)?;
-    launch_with!(gpu, name, grid, codes, absmax, inner, map, offset, out.at, out.stride, rows, columns)
+    launch_with!(gpu, name, grid, codes, absmax, out.at, out.stride, rows, columns)
 }
 
 /// out [rows, columns] <- (code - zero) scale`[row]`; `codes`: a byte each, `zero` 128 for codes stored as u8 + 128 and 0 for
@@ -49,7 +28,7 @@ pub(crate) fn nf4(gpu: &Gpu, codes: u64, scales: Scales, out: View, (rows, colum
 ///
 /// # Errors
 /// If the driver refuses the launch.
-pub(crate) fn int8(
+pub(super) fn int8(
     gpu: &Gpu,
     codes: u64,
     scales: u64,

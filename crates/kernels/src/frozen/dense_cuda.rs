@@ -3,7 +3,7 @@
 use super::bordered::{BORDER, Bordered, Whole};
 use super::FrozenWeight;
 use crate::cuda::product::{Operand, Out, multiply};
-use crate::cuda::{Gpu, View, address_of, matrix, rows};
+use crate::cuda::{Gpu, View, address_of, launch_with, matrix, rows};
 use candle_core::{CudaStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::bf16;
 use std::sync::{Arc, Mutex};
@@ -48,4 +48,13 @@ pub(super) fn product(
     let w = Operand { view: matrix(dense)?, transposed: !transposed };
     multiply(&gpu, (n, to, from), x, w, Out::Bf16(View::new(gpu.address(&y), to)), None, 1.0)?;
     Ok((CudaStorage::wrap_cuda_slice(y, gpu.device.clone()), Shape::from((n, to))))
+}
+
+/// |w_i|^2 of the rows of `weight` [d_out, d_in], f32 `[d_out]`.
+pub(super) fn row_squares(weight: &Tensor) -> Result<Tensor> {
+    let (gpu, (d_out, d_in)) = (Gpu::of(weight.device())?, weight.dims2()?);
+    let (view, squares) = (matrix(weight)?, gpu.alloc::<f32>(d_out)?);
+    let grid = ((d_out.div_ceil(8), 1, 1), 256, 0);
+    launch_with!(&gpu, "row_squares", grid, view.at, view.stride, gpu.address(&squares), d_out, d_in)?;
+    Ok(gpu.tensor(squares, &[d_out]))
 }

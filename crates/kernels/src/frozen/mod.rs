@@ -11,7 +11,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod dense_cuda;
 #[cfg(feature = "cuda")]
-pub(crate) mod cuda;
+mod cuda;
 mod gguf;
 mod int8;
 mod nf4;
@@ -158,11 +158,24 @@ impl FrozenWeight {
     pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => w.to_dtype(dtype),
+            #[cfg(feature = "cuda")]
+            Self::Nf4(w) if dtype == DType::BF16 && w.device().is_cuda() => w.bf16_on_device(),
+            #[cfg(feature = "cuda")]
+            Self::Int8(w) if dtype == DType::BF16 && w.device().is_cuda() => w.bf16_on_device(),
             _ if self.device().is_cpu() => cpu::dequantize(self)?.to_dtype(dtype),
             Self::Nf4(w) => w.on_device()?.to_dtype(dtype),
             Self::Int8(w) => w.on_device()?.to_dtype(dtype),
             Self::Gguf(w) => w.dequantize(&w.device())?.to_dtype(dtype),
         }
+    }
+
+    /// |W|^2 by row `[d_out]`: in f64, or in f32 for bf16 on a CUDA device.
+    pub fn row_squares(&self) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(w) = self.as_dense().filter(|w| w.device().is_cuda() && w.dtype() == DType::BF16) {
+            return dense_cuda::row_squares(w);
+        }
+        self.dequantize(DType::F64)?.sqr()?.sum(candle_core::D::Minus1)
     }
 
     /// x [.., d_in] W^T: [.., d_out] in x's dtype. Differentiable in x only.
@@ -175,10 +188,14 @@ impl FrozenWeight {
         self.apply("forward_transposed", y, true)
     }
 
+    /// Whether the weight is stored in bf16 on a CUDA device, and the crate is built for it.
+    pub fn is_bf16_on_device(&self) -> bool {
+        cfg!(feature = "cuda") && self.as_dense().is_some_and(|w| w.device().is_cuda() && w.dtype() == DType::BF16)
+    }
+
     /// Whether a CUDA device multiplies rows `x` by the weight as it is stored.
     fn runs_on_device(&self, x: &Tensor) -> bool {
-        let bf16 = |t: &Tensor| t.device().is_cuda() && t.dtype() == DType::BF16;
-        cfg!(feature = "cuda") && bf16(x) && self.as_dense().is_some_and(bf16)
+        x.device().is_cuda() && x.dtype() == DType::BF16 && self.is_bf16_on_device()
     }
 
     /// Dense bf16 weights of maps with one input in one piece, with a border for the factors of their adapters; None where they

@@ -240,6 +240,20 @@ impl Nf4 {
         }
     }
 
+    /// The matrix in bf16 on a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub(super) fn bf16_on_device(&self) -> Result<Tensor> {
+        use crate::cuda::{Gpu, View, address};
+        let Some((codes, absmax)) = &self.resident else {
+            bail!("NF4 weight [{}, {}] has no copy on {:?}", self.d_out, self.d_in, self.device.location())
+        };
+        let gpu = Gpu::of(&self.device)?;
+        let out = gpu.alloc::<half::bf16>(self.d_out * self.d_in)?;
+        let to = View::new(gpu.address(&out), self.d_in);
+        super::cuda::nf4(&gpu, address::<u8>(codes)?, address::<f32>(absmax)?, to, (self.d_out, self.d_in))?;
+        Ok(gpu.tensor(out, &[self.d_out, self.d_in]))
+    }
+
     /// The matrix in f32 by candle operations, for devices other than the CPU.
     pub(super) fn on_device(&self) -> Result<Tensor> {
         let Some((codes, absmax)) = &self.resident else {

@@ -175,6 +175,10 @@ impl Part for AttentionPart {
         Ok(dx.map(|dx| finish(dx, norm.as_ref(), x, self.residual.then_some(g))))
     }
 
+    fn projections(&self) -> impl Iterator<Item = &Projection> {
+        self.inputs.iter().chain([&self.output])
+    }
+
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
         reference::attention_part(x, parameters, self)
     }

@@ -157,6 +157,10 @@ impl Part for FeedForwardPart {
         Ok(dx.map(|dx| finish(dx, norm.as_ref(), x, self.residual.then_some(g))))
     }
 
+    fn projections(&self) -> impl Iterator<Item = &Projection> {
+        self.inputs.iter().chain([&self.output])
+    }
+
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
         reference::feed_forward_part(x, parameters, self)
     }

@@ -65,7 +65,7 @@ impl<'a> Group<'a> {
             .map(|m| {
                 let rank = m.rank();
                 let b = at..at + m.weight.d_out() * rank;
-                let gain = m.low_rank.as_ref().filter(|l| l.gain).map(|_| b.end..b.end + m.weight.d_out());
+                let gain = m.low_rank.as_ref().filter(|l| l.gain.is_some()).map(|_| b.end..b.end + m.weight.d_out());
                 at = gain.as_ref().map_or(b.end, |g| g.end);
                 row += rank;
                 Place { row: row - rank, rank, b, gain }

@@ -35,8 +35,20 @@ pub struct Factors {
     pub rank: usize,
     /// Factor s.
     pub scale: f64,
-    /// Whether outputs are multiplied by a gain of their own.
-    pub gain: bool,
+    /// What multiplies the outputs, if anything does.
+    pub gain: Option<Gain>,
+}
+
+/// A gain g `[d_out]` on the outputs of a projection.
+#[derive(Debug, Clone)]
+pub enum Gain {
+    /// The values among the flat parameters.
+    Given,
+    /// The magnitudes among the flat parameters over the norms of the rows of W + s B A, which have no gradient (DoRA).
+    OverNorm {
+        /// |W|^2 by row, f32 `[d_out]`.
+        square: Tensor,
+    },
 }
 
 /// One projection.
@@ -51,6 +63,11 @@ pub struct Projection {
 }
 
 impl Projection {
+    /// Whether the gain is over norms that must be computed first: done by the references, and on CUDA devices.
+    fn needs_norms(&self) -> bool {
+        self.low_rank.as_ref().is_some_and(|l| matches!(l.gain, Some(Gain::OverNorm { .. })))
+    }
+
     fn rank(&self) -> usize {
         self.low_rank.as_ref().map_or(0, |l| l.rank)
     }

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use super::cuda::{BackOn, Flat, Rows};
-use super::{check, is_fused, no_parameters};
+use super::{Projection, check, is_fused, no_parameters};
 #[cfg(feature = "cuda")]
 use crate::cuda::{Gpu, View, address, address_of};
 use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
@@ -35,6 +35,8 @@ pub(super) trait Part: Send + Sync + 'static {
     ) -> Result<(Vec<T>, Self::Saved<T>)>;
     /// The gradients for `back.g` of the result: that of x if wanted; those of the parameters are written where wanted.
     fn backward<T: Multiply>(&self, saved: &Self::Saved<T>, back: Back<'_, T>) -> Result<Option<Vec<T>>>;
+    /// The projections, in the order of their parameters.
+    fn projections(&self) -> impl Iterator<Item = &Projection>;
     /// The result by definition.
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor>;
     /// What a forward pass on a CUDA device keeps.
@@ -93,8 +95,7 @@ pub(super) fn runs<P: Part>(part: &P, x: &Tensor, parameters: Option<&Tensor>) -
         let (b, t, _) = x.dims3()?;
         return Ok(part.supports_on(&*Gpu::of(x.device())?, (b, t)));
     }
-    let _ = part;
-    Ok(true)
+    Ok(!part.projections().any(Projection::needs_norms))
 }
 
 /// The result of a part on the tape.

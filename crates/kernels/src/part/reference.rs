@@ -5,7 +5,7 @@ use crate::activation::{activate, gated};
 use crate::attention::attention;
 use crate::norm::{layer_norm, rms_norm};
 use crate::rope::rope;
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
 fn normed(norm: Option<&PartNorm>, x: &Tensor) -> Result<Tensor> {
     match norm {
@@ -33,15 +33,24 @@ fn project(x: &Tensor, members: &[Projection], parameters: &Tensor, at: &mut usi
         .map(|(member, a)| {
             let d_out = member.weight.d_out();
             let mut y = member.weight.forward(x)?;
+            let mut norms = None;
             if let (Some(factors), Some(a)) = (&member.low_rank, a) {
                 let factor_b = take(d_out, factors.rank)?;
+                if member.needs_norms() {
+                    let product = (factor_b.matmul(&a)? * factors.scale)?.detach();
+                    let whole = (member.weight.dequantize(product.dtype())? + product)?;
+                    norms = Some(whole.sqr()?.sum(D::Minus1)?.sqrt()?);
+                }
                 let rows = x.reshape((b * t, d_in))?.to_dtype(a.dtype())?;
                 let product =
                     (rows.matmul(&a.t()?)? * factors.scale)?.matmul(&factor_b.t()?)?.reshape((b, t, d_out))?;
                 y = (y.to_dtype(a.dtype())? + product)?;
             }
-            if member.low_rank.as_ref().is_some_and(|l| l.gain) {
-                let gain = take(1, d_out)?.reshape(d_out)?;
+            if member.low_rank.as_ref().is_some_and(|l| l.gain.is_some()) {
+                let mut gain = take(1, d_out)?.reshape(d_out)?;
+                if let Some(norms) = norms {
+                    gain = gain.div(&norms)?;
+                }
                 y = y.to_dtype(gain.dtype())?.broadcast_mul(&gain)?;
             }
             if let Some(bias) = &member.bias {

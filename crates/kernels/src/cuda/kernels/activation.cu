@@ -135,9 +135,21 @@ __device__ __forceinline__ void backward(int kind, Matrix x, Matrix d_out, Matri
     });
 }
 
+/// Eight factors from `column` on; ones where there are none.
+__device__ __forceinline__ void factors(const float *gain, int column, int left, float (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        v[i] = gain && i < left ? __ldg(gain + column + i) : 1.f;
+    }
+}
+
 template <bool VECTOR>
-__device__ __forceinline__ void gated(int kind, Matrix gate, Matrix up, Matrix out, int rows, int f) {
+__device__ __forceinline__ void gated(int kind, Matrix gate, Matrix up, const float *gate_gain, const float *up_gain, Matrix out,
+                                      int rows, int f) {
     const Place p(f, ROWS);
+    float a[8], b[8];
+    factors(gate_gain, p.column, p.left, a);
+    factors(up_gain, p.column, p.left, b);
     uint4 raw[ROWS], other[ROWS];
     load_rows<VECTOR>(gate, p, rows, raw);
     load_rows<VECTOR>(up, p, rows, other);
@@ -150,7 +162,7 @@ __device__ __forceinline__ void gated(int kind, Matrix gate, Matrix up, Matrix o
                 unpack(other[k], u);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    v[i] = act<decltype(which)::value>(v[i]).value * u[i];
+                    v[i] = act<decltype(which)::value>(v[i] * a[i]).value * (u[i] * b[i]);
                 }
                 store_row<VECTOR>(out, p, k, v);
             }
@@ -199,11 +211,81 @@ BOTH(activation_backward, (256), backward,
      kind, Matrix{x, x_stride}, Matrix{d_out, d_out_stride}, Matrix{dx, dx_stride}, Matrix{out, out_stride}, rows, f)
 
 BOTH(gated_forward, (256), gated,
-     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, bf16 *out, int out_stride, int rows, int f), kind,
-     Matrix{gate, gate_stride}, Matrix{up, up_stride}, Matrix{out, out_stride}, rows, f)
+     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, const float *gate_gain, const float *up_gain, bf16 *out,
+      int out_stride, int rows, int f),
+     kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, gate_gain, up_gain, Matrix{out, out_stride}, rows, f)
 
 BOTH(gated_backward, (256), gated_back,
      (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, bf16 *d_inner, int d_inner_stride, bf16 *d_gate,
       int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner, int inner_stride, int rows, int f),
      kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, Matrix{d_inner, d_inner_stride}, Matrix{d_gate, d_gate_stride},
      Matrix{d_up, d_up_stride}, Matrix{inner, inner_stride}, rows, f)
+
+/// Warps of a block, each with rows of its own.
+constexpr int WARPS = 8;
+
+/// As `gated_back` where gate and up are sums times gains: the results are for the sums, and the gradients of the gains. A block
+/// has 256 columns, and of every gridDim.y pieces of WARPS rows one; it leaves its sums over rows in partial[blockIdx.y]: first
+/// those of the gate's gain, then those of the other.
+template <bool VECTOR>
+__device__ __forceinline__ void gained_back(int kind, Matrix gate, Matrix up, const float *gate_gain, const float *up_gain,
+                                            Matrix d_inner, Matrix d_gate, Matrix d_up, Matrix inner, float *partial, int rows,
+                                            int f) {
+    __shared__ float totals[WARPS][8][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int column = (blockIdx.x * 32 + lane) * 8, left = f - column;
+    float first[8] = {}, second[8] = {}, a[8], b[8];
+    if (left > 0) {
+        factors(gate_gain, column, left, a);
+        factors(up_gain, column, left, b);
+        by_kind(kind, [&](auto which) {
+            for (int row = blockIdx.y * WARPS + warp; row < rows; row += gridDim.y * WARPS) {
+                const uint4 raw = load_raw<VECTOR>(at_row(gate.at, gate.stride, row) + column, left);
+                const uint4 other = load_raw<VECTOR>(at_row(up.at, up.stride, row) + column, left);
+                const uint4 grad = load_raw<VECTOR>(at_row(d_inner.at, d_inner.stride, row) + column, left);
+                float v[8], u[8], d[8];
+                unpack(raw, v);
+                unpack(other, u);
+                unpack(grad, d);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const Both y = act<decltype(which)::value>(v[i] * a[i]);
+                    const float z = u[i] * b[i], g = d[i] * z * y.slope, h = d[i] * y.value;
+                    first[i] = fmaf(g, v[i], first[i]);
+                    second[i] = fmaf(h, u[i], second[i]);
+                    v[i] = g * a[i];
+                    u[i] = h * b[i];
+                    d[i] = y.value * z;
+                }
+                store_raw<VECTOR>(at_row(d_gate.at, d_gate.stride, row) + column, left, pack(v));
+                store_raw<VECTOR>(at_row(d_up.at, d_up.stride, row) + column, left, pack(u));
+                store_raw<VECTOR>(at_row(inner.at, inner.stride, row) + column, left, pack(d));
+            }
+        });
+    }
+#pragma unroll
+    for (int which = 0; which < 2; which++) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            totals[warp][i][lane] = which ? second[i] : first[i];
+        }
+        __syncthreads();
+        // Thread `warp` of a column's eight adds up value `warp` of each chunk.
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < WARPS; k++) {
+            sum += totals[k][warp][lane];
+        }
+        if (warp < left) {
+            partial[(static_cast<size_t>(which) * gridDim.y + blockIdx.y) * f + column + warp] = sum;
+        }
+    }
+}
+
+BOTH(gained_backward, (256), gained_back,
+     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, const float *gate_gain, const float *up_gain,
+      bf16 *d_inner, int d_inner_stride, bf16 *d_gate, int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner,
+      int inner_stride, float *partial, int rows, int f),
+     kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, gate_gain, up_gain, Matrix{d_inner, d_inner_stride},
+     Matrix{d_gate, d_gate_stride}, Matrix{d_up, d_up_stride}, Matrix{inner, inner_stride}, partial, rows, f)

@@ -486,24 +486,29 @@ FORWARD(attention_forward_128, 128, 2, 24, 240)
 BACKWARD(attention_backward_64, 64, 128)
 BACKWARD(attention_backward_128, 128, 64)
 
-/// delta[i] = do_i . o_i for rows [b, t, h, d], one warp a row and head; lse and delta of the padding so that it counts nothing.
+/// delta[i] = do_i . o_i for rows [b, t, h, d], eight values a thread; lse and delta of the padding so that it counts nothing.
 extern "C" __global__ void attention_delta(const bf16 *g, int g_stride, const bf16 *o, int o_stride, float *delta, float *lse,
                                            int t, int padded, int heads, int d) {
-    int lane = threadIdx.x % 32, head = blockIdx.y, b = blockIdx.z;
-    int i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= padded) return;
-    size_t at = (static_cast<size_t>(b) * heads + head) * padded + i;
+    // Neighbouring threads have neighbouring heads of one row.
+    int across = d / 8, b = blockIdx.y;
+    long long thread = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
+    int column = thread % across * 8, head = thread / across % heads, i = thread / across / heads;
     float sum = 0;
     if (i < t) {
         size_t row = static_cast<size_t>(b) * t + i;
-        for (int c = 2 * lane; c < d; c += 64) {
-            float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(g + row * g_stride + head * d + c));
-            float2 y = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(o + row * o_stride + head * d + c));
-            sum += x.x * y.x + x.y * y.y;
+        uint4 x = *reinterpret_cast<const uint4 *>(g + row * g_stride + head * d + column);
+        uint4 y = *reinterpret_cast<const uint4 *>(o + row * o_stride + head * d + column);
+        const __nv_bfloat162 *a = reinterpret_cast<const __nv_bfloat162 *>(&x);
+        const __nv_bfloat162 *c = reinterpret_cast<const __nv_bfloat162 *>(&y);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float2 u = __bfloat1622float2(a[k]), v = __bfloat1622float2(c[k]);
+            sum += u.x * v.x + u.y * v.y;
         }
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
     }
-    if (lane == 0) {
+    for (int step = across / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (column == 0 && i < padded) {
+        size_t at = (static_cast<size_t>(b) * heads + head) * padded + i;
         delta[at] = sum;
         if (i >= t) lse[at] = INFINITY;
     }

@@ -249,29 +249,3 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
 }
-
-/// total <- the sum of n values in f64, added to what is there if `add`. One block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024) cross_entropy_sum(const float *values, int n, float *total, int add) {
-    __shared__ double parts[32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    double sum = 0.;
-    for (int i = threadIdx.x; i < n; i += 1024) {
-        sum += values[i];
-    }
-    for (int o = 16; o > 0; o >>= 1) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    }
-    if (lane == 0) {
-        parts[warp] = sum;
-    }
-    __syncthreads();
-    if (warp == 0) {
-        sum = parts[lane];
-        for (int o = 16; o > 0; o >>= 1) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, o);
-        }
-        if (lane == 0) {
-            *total = static_cast<float>(add ? *total + sum : sum);
-        }
-    }
-}

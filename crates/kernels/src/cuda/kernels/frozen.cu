@@ -1,9 +1,8 @@
 // Weights of 4-bit normal floats and 8-bit integers, made bf16.
 //
 // Equation: nf4:  w_i = code[q_i] absmax[i / 64] over the flattened matrix, first value in the high nibble
-//                 double: absmax_b = map[s_b] outer[b / 256] + offset
 //           int8: w_ij = q_ij scale_i
-// Shapes:   nf4 codes ceil(n / 2) bytes; absmax [blocks] f32, or s [blocks] u8, map [256] and outer [ceil(blocks / 256)] f32
+// Shapes:   nf4 codes ceil(n / 2) bytes; absmax [blocks] f32
 //           int8 codes [rows, columns] bytes, `zero` stands for 0; scale [rows] f32; result [rows, columns] bf16
 // Cost:     one pass
 #include "eight.cuh"
@@ -15,21 +14,9 @@ __constant__ float CODE[16] = {-1.0f,         -0.6961928f,  -0.52507305f, -0.394
                                -0.091050036f, 0.0f,         0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
                                0.44070983f,   0.562617f,    0.72295684f,  1.0f};
 
-/// Scales of blocks of 64 weights; `codes` null if they are not quantised themselves.
-struct Scales {
-    const float *absmax;
-    const unsigned char *codes;
-    const float *map;
-    float offset;
-
-    __device__ __forceinline__ float of(size_t block) const {
-        return codes ? fmaf(__ldg(map + __ldg(codes + block)), __ldg(absmax + block / 256), offset) : __ldg(absmax + block);
-    }
-};
-
 /// VECTOR: the columns are a multiple of 8, so that eight weights are four bytes of one block.
 template <bool VECTOR>
-__device__ __forceinline__ void nf4(const unsigned char *codes, const Scales &scales, bf16 *out, int stride, int rows, int w) {
+__device__ __forceinline__ void nf4(const unsigned char *codes, const float *absmax, bf16 *out, int stride, int rows, int w) {
     __shared__ float table[16];
     if (threadIdx.x < 16) {
         table[threadIdx.x] = CODE[threadIdx.x];
@@ -44,7 +31,7 @@ __device__ __forceinline__ void nf4(const unsigned char *codes, const Scales &sc
             if (p.row + k < rows) {
                 const size_t first = static_cast<size_t>(p.row + k) * w + p.column;
                 raw[k] = __ldg(reinterpret_cast<const unsigned *>(codes + first / 2));
-                scale[k] = scales.of(first / 64);
+                scale[k] = __ldg(absmax + first / 64);
             }
         }
     }
@@ -59,7 +46,7 @@ __device__ __forceinline__ void nf4(const unsigned char *codes, const Scales &sc
                     v[i] = table[raw[k] >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15u] * scale[k];
                 } else if (i < p.left) {
                     const size_t at = first + i;
-                    v[i] = table[codes[at / 2] >> (at % 2 ? 0 : 4) & 15] * scales.of(at / 64);
+                    v[i] = table[codes[at / 2] >> (at % 2 ? 0 : 4) & 15] * __ldg(absmax + at / 64);
                 } else {
                     v[i] = 0.f;
                 }
@@ -106,9 +93,8 @@ __device__ __forceinline__ void int8(const unsigned char *codes, const float *sc
 }
 
 BOTH(frozen_nf4, (256), nf4,
-     (const unsigned char *codes, const float *absmax, const unsigned char *scale_codes, const float *map, float offset,
-      bf16 *out, int stride, int rows, int w),
-     codes, Scales{absmax, scale_codes, map, offset}, out, stride, rows, w)
+     (const unsigned char *codes, const float *absmax, bf16 *out, int stride, int rows, int w), codes, absmax, out, stride, rows,
+     w)
 
 BOTH(frozen_int8, (256), int8,
      (const unsigned char *codes, const float *scale, int zero, bf16 *out, int stride, int rows, int w), codes, scale, zero, out,

@@ -1,5 +1,6 @@
-// Factors of low-rank products in the border of a frozen weight.
+// Factors of low-rank products in the border of a frozen weight, and gains over the norms of its rows.
 //
+// Equation: |w_i + s b_i A|^2 = |w_i|^2 + 2 s <(W A^T)_i, b_i> + s^2 <b_i (A A^T), b_i>, gain = magnitude / norm
 // Shapes:   whole [d_out + ranks, d_in + ranks] bf16 with W at the left and above: A [ranks, d_in] goes below it, s B at its
 //           right, a block [d_out of the member, rank] for each of up to three members, zeros beside the blocks
 #include <cstdint>
@@ -30,4 +31,37 @@ extern "C" __global__ void border_fill(__nv_bfloat16 *whole, int stride, int d_o
         }
         whole[static_cast<size_t>(output) * stride + d_in + column] = __float2bfloat16_rn(value);
     }
+}
+
+/// |w_i|^2 of rows [d_out, d_in], one warp a row.
+extern "C" __global__ void row_squares(const __nv_bfloat16 *w, int stride, float *out, int d_out, int d_in) {
+    int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= d_out) return;
+    float sum = 0;
+    for (int i = lane; i < d_in; i += 32) {
+        float v = __bfloat162float(w[static_cast<size_t>(row) * stride + i]);
+        sum = fmaf(v, v, sum);
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) out[row] = sum;
+}
+
+/// gain and 1 / norm of each output; `cross` is W A^T with rows of `cross_stride`, `gram` A A^T with rows of `gram_stride`, `b`
+/// [d_out, rank].
+extern "C" __global__ void gain_over_norm(const float *cross, int cross_stride, const float *gram, int gram_stride,
+                                          const float *b, float scale, const float *square, const float *magnitude,
+                                          float *gain, float *inverse, int d_out, int rank) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= d_out) return;
+    const float *row = b + static_cast<size_t>(i) * rank;
+    float first = 0, second = 0;
+    for (int k = 0; k < rank; k++) {
+        float sum = 0;
+        for (int l = 0; l < rank; l++) sum = fmaf(gram[k * gram_stride + l], row[l], sum);
+        first = fmaf(cross[static_cast<size_t>(i) * cross_stride + k], row[k], first);
+        second = fmaf(sum, row[k], second);
+    }
+    float norm = sqrtf(fmaxf(square[i] + scale * (2 * first + scale * second), 0.f));
+    inverse[i] = 1 / norm;
+    gain[i] = magnitude[i] / norm;
 }

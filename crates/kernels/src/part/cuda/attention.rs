@@ -46,14 +46,14 @@ impl AttentionPart {
         let n = size.0 * size.1;
         let (rows, held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
         let qkv = Rows::new(gpu, n, inputs.d_out())?;
-        let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, qkv.view()))?;
+        let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, qkv.view()), false)?;
         drop(held);
         self.turn_on(gpu, qkv.view(), size, false)?;
         let out = Rows::bordered(gpu, n, output.d_in)?;
         let log_sums = forward(gpu, &self.dims(size), &self.spec, self.within(qkv.view()), out.view())?;
         let y = Rows::new(gpu, n, output.d_out())?;
         let residual = self.residual.then_some(x);
-        let kept_output = output.forward_on(gpu, out.input(), n, flat, (residual, y.view()))?;
+        let kept_output = output.forward_on(gpu, out.input(), n, flat, (residual, y.view()), false)?;
         Ok((y, SavedOn { qkv, out, log_sums, inputs: kept_inputs, output: kept_output }))
     }
 

@@ -2,9 +2,9 @@
 
 use super::group::KeptOn;
 use super::{BackOn, Flat, Input, Rows, finish, normed};
-use crate::activation::cuda::{backward, forward, gated_backward, gated_forward};
+use crate::activation::cuda::{backward, forward, gained_backward, gated_backward, gated_forward};
 use crate::cuda::{Gpu, View};
-use crate::part::FeedForwardPart;
+use crate::part::{FeedForwardPart, Projection};
 use candle_core::Result;
 
 /// What is kept of one pass: gate and up side by side, or the one output, before the nonlinearity.
@@ -15,6 +15,15 @@ pub(in crate::part) struct SavedOn {
 }
 
 impl FeedForwardPart {
+    /// Whether gains of gate and up are left to the activation's kernels.
+    fn defers(&self) -> bool {
+        let gained = |p: &Projection| p.low_rank.as_ref().is_some_and(|l| l.gain.is_some());
+        self.gated
+            && self.inputs.len() == 2
+            && self.inputs.iter().any(gained)
+            && self.inputs.iter().all(|p| p.bias.is_none())
+    }
+
     pub(in crate::part) fn fits_kernels(&self, _: &Gpu, (b, t): (usize, usize)) -> bool {
         let (inputs, output) = self.groups();
         inputs.is_aligned() && output.is_aligned() && i32::try_from(b * t).is_ok()
@@ -31,18 +40,19 @@ impl FeedForwardPart {
         let n = size.0 * size.1;
         let (rows, held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
         let hidden = Rows::new(gpu, n, inputs.d_out())?;
-        let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, hidden.view()))?;
+        let kept_inputs = inputs.forward_on(gpu, rows, n, flat, (None, hidden.view()), self.defers())?;
         drop(held);
         let (inner, width) = (Rows::bordered(gpu, n, output.d_in)?, output.d_in);
         let from = hidden.view();
         if self.gated {
-            gated_forward(gpu, self.activation, from, from.columns(width), inner.view(), (n, width))?;
+            let gains = if self.defers() { (kept_inputs.gain(0).values, kept_inputs.gain(1).values) } else { (0, 0) };
+            gated_forward(gpu, self.activation, (from, from.columns(width)), gains, inner.view(), (n, width))?;
         } else {
             forward(gpu, self.activation, from, inner.view(), (n, width))?;
         }
         let y = Rows::new(gpu, n, output.d_out())?;
         let residual = self.residual.then_some(x);
-        let kept_output = output.forward_on(gpu, inner.input(), n, flat, (residual, y.view()))?;
+        let kept_output = output.forward_on(gpu, inner.input(), n, flat, (residual, y.view()), false)?;
         Ok((y, SavedOn { hidden, inputs: kept_inputs, output: kept_output }))
     }
 
@@ -58,8 +68,15 @@ impl FeedForwardPart {
         let d_inner = output.backward_on(gpu, (Input::plain(g), n), &saved.output, flat, to)?;
         let (from, to) = (saved.hidden.view(), d_hidden.view());
         if self.gated {
-            let (up, d_up) = (from.columns(width), to.columns(width));
-            gated_backward(gpu, self.activation, (from, up), d_rows.view(), (to, d_up), inner.view(), (n, width))?;
+            let (ins, outs) = ((from, from.columns(width)), (to, to.columns(width)));
+            if self.defers() {
+                let place = |i: usize| inputs.places[i].gain.as_ref().map(|g| g.start);
+                let d_gain = |i| d_parameters.zip(place(i)).map_or(0, |(d, at)| d + (at * size_of::<f32>()) as u64);
+                let gains = ([saved.inputs.gain(0), saved.inputs.gain(1)], [d_gain(0), d_gain(1)]);
+                gained_backward(gpu, self.activation, ins, gains, d_rows.view(), outs, inner.view(), (n, width))?;
+            } else {
+                gated_backward(gpu, self.activation, ins, d_rows.view(), outs, inner.view(), (n, width))?;
+            }
         } else {
             backward(gpu, self.activation, from, d_rows.view(), to, inner.view(), (n, width))?;
         }

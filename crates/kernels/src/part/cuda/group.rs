@@ -2,9 +2,12 @@
 
 use super::{Flat, Input, Rows, exact};
 use crate::cuda::product::{Operand, Out, multiply};
+use crate::cuda::rows::Gains;
 use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
 use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
+use crate::part::Gain;
 use crate::part::group::Group;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
 use std::sync::{Arc, PoisonError};
@@ -15,6 +18,16 @@ pub(in crate::part) struct KeptOn {
     inner: Option<Rows>,
     /// The sums of all members side by side, before their gains, if one has a gain.
     sums: Option<Rows>,
+    /// The gains of the members that have one, and what holds those that were computed.
+    gains: Vec<Option<Gains>>,
+    _held: Vec<CudaSlice<f32>>,
+}
+
+impl KeptOn {
+    /// The gain of a member; ones if it has none.
+    pub(in crate::part) fn gain(&self, member: usize) -> Gains {
+        self.gains.get(member).copied().flatten().unwrap_or(Gains { values: 0, slopes: 0 })
+    }
 }
 
 /// The gradient of A x, and what holds it if it is not in a border.
@@ -101,6 +114,43 @@ impl Group<'_> {
         found.filter(|whole| whole.d_out == self.d_out() && (1..=BORDER).contains(&self.ranks) && self.members.len() <= 3)
     }
 
+    /// The gains of the members that have one; those over a norm are computed.
+    fn gains(&self, gpu: &Gpu, flat: &Flat) -> Result<(Vec<Option<Gains>>, Vec<CudaSlice<f32>>)> {
+        let (mut gains, mut held) = (Vec::with_capacity(self.members.len()), Vec::new());
+        for (member, place) in self.members.iter().zip(&self.places) {
+            let Some(at) = &place.gain else {
+                gains.push(None);
+                continue;
+            };
+            let given = flat.exact(at.start);
+            let Some(Gain::OverNorm { square }) = member.low_rank.as_ref().and_then(|l| l.gain.as_ref()) else {
+                gains.push(Some(Gains { values: given, slopes: 0 }));
+                continue;
+            };
+            let (d_out, rank) = (member.weight.d_out(), place.rank);
+            let (weight, _held) = dense(&member.weight)?;
+            let a = flat.matrix(self.a.start + place.row * self.d_in, self.d_in);
+            // W A^T and, below it, A A^T.
+            let cross = gpu.alloc::<f32>((d_out + rank) * rank)?;
+            let cross_at = gpu.address(&cross);
+            let gram_at = value(cross_at, d_out * rank);
+            for (rows, left, to) in [(d_out, weight, cross_at), (rank, a, gram_at)] {
+                let to = Out::F32 { at: to, stride: rank };
+                multiply(gpu, (rows, rank, self.d_in), plain(left), transposed(a), to, None, 1.0)?;
+            }
+            let both = gpu.alloc::<f32>(2 * d_out)?;
+            let values = gpu.address(&both);
+            let (slopes, square) = (value(values, d_out), address::<f32>(square)?);
+            let (b, scale, grid) = (flat.exact(place.b.start), member.scale(), ((d_out.div_ceil(128), 1, 1), 128, 0));
+            launch_with!(
+                gpu, "gain_over_norm", grid, cross_at, rank, gram_at, rank, b, scale, square, given, values, slopes, d_out, rank
+            )?;
+            held.push(both);
+            gains.push(Some(Gains { values, slopes }));
+        }
+        Ok((gains, held))
+    }
+
     /// Launches `product` with the factors in the border of `whole`.
     fn with_border(
         &self,
@@ -129,7 +179,8 @@ impl Group<'_> {
         product(view)
     }
 
-    /// Writes the outputs of all members for rows `x` [n, d_in] side by side; `residual` is added to the first one's.
+    /// Writes the outputs of all members for rows `x` [n, d_in] side by side; `residual` is added to the first one's. With `defer`
+    /// the gains are left to the caller, here and on the way back; biases and a residual are not allowed then.
     pub(in crate::part) fn forward_on(
         &self,
         gpu: &Gpu,
@@ -137,6 +188,7 @@ impl Group<'_> {
         n: usize,
         flat: &Flat,
         (residual, out): (Option<View>, View),
+        defer: bool,
     ) -> Result<KeptOn> {
         let inner = (self.ranks > 0).then(|| Rows::new(gpu, n, self.ranks.next_multiple_of(8))).transpose()?;
         if let Some(inner) = &inner {
@@ -144,11 +196,12 @@ impl Group<'_> {
             let size = (n, self.ranks, self.d_in);
             multiply(gpu, size, plain(x.view), transposed(a), Out::Bf16(inner.view()), None, 1.0)?;
         }
-        let gains = self.places.iter().any(|p| p.gain.is_some());
-        let sums = gains.then(|| Rows::new(gpu, n, self.d_out())).transpose()?;
+        let (gains, held) = self.gains(gpu, flat)?;
+        let any = gains.iter().any(Option::is_some);
+        let sums = (any && !defer).then(|| Rows::new(gpu, n, self.d_out())).transpose()?;
         let to = sums.as_ref().map_or(out, Rows::view);
         let members = || self.members.iter().zip(&self.places).zip(self.offsets());
-        let add = residual.filter(|_| self.members.len() == 1 && !gains);
+        let add = residual.filter(|_| self.members.len() == 1 && !any);
         if let (Some(whole), Some(inner)) = (self.whole().filter(|_| x.border), &inner) {
             let border = x.view.columns(self.d_in);
             rows::affine(gpu, inner.view(), None, None, None, border, (n, self.ranks))?;
@@ -170,18 +223,18 @@ impl Group<'_> {
                 multiply(gpu, size, u, transposed(b), Out::Bf16(sum), beside(Some(sum)), member.scale())?;
             }
         }
-        for (i, ((member, place), first)) in members().enumerate() {
+        for (i, ((member, _), first)) in members().enumerate() {
             let bias = member.bias.as_ref().map(exact).transpose()?;
             let residual = residual.filter(|_| i == 0 && add.is_none());
-            if !gains && bias.is_none() && residual.is_none() {
+            if sums.is_none() && bias.is_none() && residual.is_none() {
                 continue;
             }
-            let gain = place.gain.as_ref().map(|g| flat.exact(g.start));
+            let gain = gains[i].map(|g| g.values).filter(|_| !defer);
             let bias = bias.as_ref().map(address::<f32>).transpose()?;
             let size = (n, member.weight.d_out());
             rows::affine(gpu, to.columns(first), gain, bias, residual, out.columns(first), size)?;
         }
-        Ok(KeptOn { inner, sums })
+        Ok(KeptOn { inner, sums, gains, _held: held })
     }
 
     /// Adds the gradients of B and of gains to zeros, and writes that of `x` [n, d_in] if it is wanted, for `g` of the outputs
@@ -196,7 +249,7 @@ impl Group<'_> {
     ) -> Result<Option<Slopes>> {
         let members = || self.members.iter().zip(&self.places).zip(self.offsets());
         // With a gain, what reaches the sum below it is g times as much.
-        let below = |sums| self.below_gains(gpu, (g.view, n), sums, flat, d_parameters);
+        let below = |sums| self.below_gains(gpu, (g.view, n), sums, kept, d_parameters);
         let scaled = kept.sums.as_ref().map(below).transpose()?;
         let below = scaled.as_ref().map_or(g, Rows::input);
         let whole = self.whole().filter(|_| below.border);
@@ -259,23 +312,22 @@ impl Group<'_> {
         gpu: &Gpu,
         (g, n): (View, usize),
         sums: &Rows,
-        flat: &Flat,
+        kept: &KeptOn,
         d_parameters: Option<u64>,
     ) -> Result<Rows> {
         let below = Rows::bordered(gpu, n, self.d_out())?;
-        for ((member, place), first) in self.members.iter().zip(&self.places).zip(self.offsets()) {
+        for (i, ((member, place), first)) in self.members.iter().zip(&self.places).zip(self.offsets()).enumerate() {
             let (from, to, size) = (g.columns(first), below.view().columns(first), (n, member.weight.d_out()));
             let Some(gain) = &place.gain else {
                 rows::affine(gpu, from, None, None, None, to, size)?;
                 continue;
             };
-            let factors = flat.exact(gain.start);
             match d_parameters {
                 Some(d) => {
                     let sums = sums.view().columns(first);
-                    rows::affine_backward(gpu, from, sums, factors, to, value(d, gain.start), size)?;
+                    rows::affine_backward(gpu, from, sums, kept.gain(i), to, value(d, gain.start), size)?;
                 }
-                None => rows::affine(gpu, from, Some(factors), None, None, to, size)?,
+                None => rows::affine(gpu, from, Some(kept.gain(i).values), None, None, to, size)?,
             }
         }
         Ok(below)
