@@ -6,7 +6,7 @@
 //! Cost:     one pass
 
 use super::Activation;
-use crate::cuda::rows::{Gains, add_partial, blocks, spread, vectors};
+use crate::cuda::rows::{Gains, Partial, blocks, spread, vectors};
 use crate::cuda::{Gpu, View, launch_with};
 use candle_core::Result;
 
@@ -82,7 +82,7 @@ pub(crate) fn gated_forward(
     out: View,
     (rows, f): (usize, usize),
 ) -> Result<()> {
-    let name = if vectors(&[gate, up, out], f) { "gated_forward" } else { "gated_forward_scalar" };
+    let name = if vectors(&[gate, up, out], f) { "activation_gated_forward" } else { "activation_gated_forward_scalar" };
     let grid = spread((rows, f), STEP)?;
     launch_with!(
         gpu,
@@ -116,7 +116,7 @@ pub(crate) fn gated_backward(
     (rows, f): (usize, usize),
 ) -> Result<()> {
     let vector = vectors(&[gate, up, d_inner, d_gate, d_up, inner], f);
-    let name = if vector { "gated_backward" } else { "gated_backward_scalar" };
+    let name = if vector { "activation_gated_backward" } else { "activation_gated_backward_scalar" };
     let grid = spread((rows, f), STEP_OF_THREE)?;
     launch_with!(
         gpu,
@@ -161,10 +161,11 @@ pub(crate) fn gained_backward(
     blocks(Some(f), (rows, f))?;
     let tiles = f.div_ceil(256);
     let pieces = rows.div_ceil(8).min(1024usize.div_ceil(tiles));
-    let scratch = gpu.alloc::<f32>(2 * pieces * f)?;
-    let partial = gpu.address(&scratch);
+    // The sums of the gate's gain, then those of the other: pieces of their own, so that each is added up by itself.
+    let sums = Partial::new(gpu, pieces, 2 * f)?;
+    let partial = sums.address();
     let vector = vectors(&[gate, up, d_inner, d_gate, d_up, inner], f);
-    let name = if vector { "gained_backward" } else { "gained_backward_scalar" };
+    let name = if vector { "activation_gained_backward" } else { "activation_gained_backward_scalar" };
     let (grid, kind) = (((tiles, pieces, 1), 256, 0), number(activation));
     let [a, b] = gains.map(|g| g.values);
     launch_with!(
@@ -191,8 +192,7 @@ pub(crate) fn gained_backward(
         f
     )?;
     for (i, (gains, to)) in gains.iter().zip(d_gains).enumerate().filter(|(_, (_, to))| *to != 0) {
-        let at = partial + (i * pieces * f * size_of::<f32>()) as u64;
-        add_partial(gpu, (at, pieces, f), gains.slopes, to)?;
+        sums.add(gpu, (i * f, f), gains.slopes, to)?;
     }
     Ok(())
 }

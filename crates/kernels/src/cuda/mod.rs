@@ -25,7 +25,8 @@ include!(concat!(env!("OUT_DIR"), "/images.rs"));
 pub(crate) struct Gpu {
     pub(crate) device: CudaDevice,
     pub(crate) stream: Arc<CudaStream>,
-    modules: Vec<Arc<CudaModule>>,
+    /// By the name of their file, with which the names of its kernels begin.
+    modules: Vec<(&'static str, Arc<CudaModule>)>,
     functions: RwLock<HashMap<&'static str, CudaFunction>>,
     pub(crate) products: Mutex<product::Products>,
     /// Compute capability, as 90.
@@ -62,7 +63,8 @@ impl Gpu {
         let stream = device.cuda_stream();
         let context = stream.context().clone();
         keep_freed_memory(device)?;
-        let modules = IMAGES.iter().map(|(_, image)| context.load_module(Ptx::from_binary(image.to_vec())).w());
+        let load = |image: &[u8]| context.load_module(Ptx::from_binary(image.to_vec())).w();
+        let modules = IMAGES.iter().map(|(name, image)| Ok((*name, load(image)?)));
         let attribute = |a| context.attribute(a).w();
         Ok(Self {
             modules: modules.collect::<Result<_>>()?,
@@ -81,9 +83,10 @@ impl Gpu {
         if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
             return Ok(function.clone());
         }
-        let Some(function) = self.modules.iter().find_map(|m| m.load_function(name).ok()) else {
+        let Some((_, module)) = self.modules.iter().find(|(file, _)| name.starts_with(file)) else {
             bail!("no CUDA kernel is called {name}")
         };
+        let function = module.load_function(name).w()?;
         if shared > 48 << 10 {
             let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(most, shared as i32).w()?;

@@ -84,7 +84,7 @@ pub fn adamw(updates: &[Update<'_>], scalars: Scalars) -> Result<()> {
     let entries = gpu.stream.clone_htod(&entries).w()?;
     launch_with!(
         &gpu,
-        "adamw",
+        "optimizer_adamw",
         ((pieces.count, 1, 1), THREADS, 0),
         gpu.address(&entries),
         gpu.address(&pieces.table),
@@ -115,7 +115,7 @@ pub fn sum_of_squares(tensors: &[&Tensor]) -> Result<f64> {
     let total = gpu.alloc::<f64>(1)?;
     launch_with!(
         &gpu,
-        "squares",
+        "optimizer_squares",
         ((pieces.count, 1, 1), THREADS, 0),
         gpu.address(&values),
         gpu.address(&pieces.table),
@@ -123,7 +123,7 @@ pub fn sum_of_squares(tensors: &[&Tensor]) -> Result<f64> {
     )?;
     launch_with!(
         &gpu,
-        "squares_total",
+        "optimizer_squares_total",
         ((1, 1, 1), 1024, 0),
         gpu.address(&partial),
         pieces.count,

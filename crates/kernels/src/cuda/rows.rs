@@ -5,6 +5,7 @@
 //! Cost:     one pass over the matrices; column sums in two stages whose order depends on the shape only
 
 use super::{Gpu, Grid, View, launch_with};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{Result, bail};
 
 /// Threads a block of the elementwise kernels.
@@ -91,8 +92,7 @@ pub(crate) struct Gains {
     pub(crate) slopes: u64,
 }
 
-/// below <- g gain and d_gain += slope times the column sums of g sums; d_gain is the address of w f32, and below may be g or
-/// sums.
+/// below <- g gain; `sums` may be below, g or neither. The column sums of g sums are left for [`Partial::add`].
 ///
 /// # Errors
 /// If the driver refuses the launch.
@@ -100,37 +100,52 @@ pub(crate) fn affine_backward(
     gpu: &Gpu,
     g: View,
     sums: View,
-    gains: Gains,
+    gain: u64,
     below: View,
-    d_gain: u64,
     (rows, w): (usize, usize),
-) -> Result<()> {
-    if rows == 0 || w == 0 {
-        return Ok(());
-    }
+) -> Result<Partial> {
     blocks(Some(w), (rows, w))?;
     // A block has 256 columns and 8 warps of STEP rows each; about a thousand blocks fill any device.
     let tiles = w.div_ceil(256);
     let pieces = rows.div_ceil(8 * STEP).min(1024usize.div_ceil(tiles));
-    let scratch = gpu.alloc::<f32>(pieces * w)?;
-    let partial = gpu.address(&scratch);
+    let sums_of_pieces = Partial::new(gpu, pieces, w)?;
+    let partial = sums_of_pieces.address();
     let name = if vectors(&[g, sums, below], w) { "rows_affine_backward" } else { "rows_affine_backward_scalar" };
-    let (grid, gain) = (((tiles, pieces, 1), 256, 0), gains.values);
+    let grid = ((tiles, pieces, 1), 256, 0);
     launch_with!(
         gpu, name, grid, g.at, g.stride, sums.at, sums.stride, gain, below.at, below.stride, partial, rows, w
     )?;
-    add_partial(gpu, (partial, pieces, w), gains.slopes, d_gain)
+    Ok(sums_of_pieces)
 }
 
-/// to += slope times the sums over rows of `partial` [pieces, w] in f32, all addresses; slopes 0: ones.
-///
-/// # Errors
-/// If the driver refuses the launch.
-pub(crate) fn add_partial(
-    gpu: &Gpu,
-    (partial, pieces, w): (u64, usize, usize),
-    slopes: u64,
-    to: u64,
-) -> Result<()> {
-    launch_with!(gpu, "rows_add_partial", ((w.div_ceil(32), 1, 1), 256, 0), partial, pieces, w, slopes, to)
+/// Sums of pieces of rows, [pieces, w] in f32.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    _held: CudaSlice<f32>,
+    at: u64,
+    pieces: usize,
+    w: usize,
+}
+
+impl Partial {
+    /// Sums of `pieces` pieces at an address.
+    pub(crate) fn new(gpu: &Gpu, pieces: usize, w: usize) -> Result<Self> {
+        let held = gpu.alloc::<f32>(pieces * w)?;
+        Ok(Self { at: gpu.address(&held), _held: held, pieces, w })
+    }
+
+    /// Where the sums are.
+    pub(crate) fn address(&self) -> u64 {
+        self.at
+    }
+
+    /// to += slope times the sums of all pieces, for `count` columns from `first` on; addresses of f32, slopes 0: ones.
+    ///
+    /// # Errors
+    /// If the driver refuses the launch.
+    pub(crate) fn add(&self, gpu: &Gpu, (first, count): (usize, usize), slopes: u64, to: u64) -> Result<()> {
+        let from = self.at + (first * size_of::<f32>()) as u64;
+        let grid = ((count.div_ceil(32), 1, 1), 256, 0);
+        launch_with!(gpu, "rows_add_partial", grid, from, self.w, self.pieces, count, slopes, to)
+    }
 }

@@ -55,6 +55,6 @@ pub(super) fn row_squares(weight: &Tensor) -> Result<Tensor> {
     let (gpu, (d_out, d_in)) = (Gpu::of(weight.device())?, weight.dims2()?);
     let (view, squares) = (matrix(weight)?, gpu.alloc::<f32>(d_out)?);
     let grid = ((d_out.div_ceil(8), 1, 1), 256, 0);
-    launch_with!(&gpu, "row_squares", grid, view.at, view.stride, gpu.address(&squares), d_out, d_in)?;
+    launch_with!(&gpu, "low_rank_row_squares", grid, view.at, view.stride, gpu.address(&squares), d_out, d_in)?;
     Ok(gpu.tensor(squares, &[d_out]))
 }

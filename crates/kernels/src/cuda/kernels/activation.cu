@@ -210,12 +210,12 @@ BOTH(activation_backward, (256), backward,
       int rows, int f),
      kind, Matrix{x, x_stride}, Matrix{d_out, d_out_stride}, Matrix{dx, dx_stride}, Matrix{out, out_stride}, rows, f)
 
-BOTH(gated_forward, (256), gated,
+BOTH(activation_gated_forward, (256), gated,
      (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, const float *gate_gain, const float *up_gain, bf16 *out,
       int out_stride, int rows, int f),
      kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, gate_gain, up_gain, Matrix{out, out_stride}, rows, f)
 
-BOTH(gated_backward, (256), gated_back,
+BOTH(activation_gated_backward, (256), gated_back,
      (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, bf16 *d_inner, int d_inner_stride, bf16 *d_gate,
       int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner, int inner_stride, int rows, int f),
      kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, Matrix{d_inner, d_inner_stride}, Matrix{d_gate, d_gate_stride},
@@ -226,7 +226,7 @@ constexpr int WARPS = 8;
 
 /// As `gated_back` where gate and up are sums times gains: the results are for the sums, and the gradients of the gains. A block
 /// has 256 columns, and of every gridDim.y pieces of WARPS rows one; it leaves its sums over rows in partial[blockIdx.y]: first
-/// those of the gate's gain, then those of the other.
+/// f of the gate's gain, then f of the other.
 template <bool VECTOR>
 __device__ __forceinline__ void gained_back(int kind, Matrix gate, Matrix up, const float *gate_gain, const float *up_gain,
                                             Matrix d_inner, Matrix d_gate, Matrix d_up, Matrix inner, float *partial, int rows,
@@ -278,12 +278,12 @@ __device__ __forceinline__ void gained_back(int kind, Matrix gate, Matrix up, co
             sum += totals[k][warp][lane];
         }
         if (warp < left) {
-            partial[(static_cast<size_t>(which) * gridDim.y + blockIdx.y) * f + column + warp] = sum;
+            partial[(static_cast<size_t>(blockIdx.y) * 2 + which) * f + column + warp] = sum;
         }
     }
 }
 
-BOTH(gained_backward, (256), gained_back,
+BOTH(activation_gained_backward, (256), gained_back,
      (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, const float *gate_gain, const float *up_gain,
       bf16 *d_inner, int d_inner_stride, bf16 *d_gate, int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner,
       int inner_stride, float *partial, int rows, int f),

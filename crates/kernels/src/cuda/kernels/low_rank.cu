@@ -12,7 +12,7 @@ struct Members {
     float scale[3];
 };
 
-extern "C" __global__ void border_fill(__nv_bfloat16 *whole, int stride, int d_out, int d_in, const float *values, int a,
+extern "C" __global__ void low_rank_border(__nv_bfloat16 *whole, int stride, int d_out, int d_in, const float *values, int a,
                                        int ranks, Members m) {
     long long below = static_cast<long long>(ranks) * d_in, total = below + static_cast<long long>(d_out) * ranks;
     for (long long i = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x; i < total;
@@ -34,7 +34,7 @@ extern "C" __global__ void border_fill(__nv_bfloat16 *whole, int stride, int d_o
 }
 
 /// |w_i|^2 of rows [d_out, d_in], one warp a row.
-extern "C" __global__ void row_squares(const __nv_bfloat16 *w, int stride, float *out, int d_out, int d_in) {
+extern "C" __global__ void low_rank_row_squares(const __nv_bfloat16 *w, int stride, float *out, int d_out, int d_in) {
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= d_out) return;
     float sum = 0;
@@ -46,22 +46,28 @@ extern "C" __global__ void row_squares(const __nv_bfloat16 *w, int stride, float
     if (lane == 0) out[row] = sum;
 }
 
-/// gain and 1 / norm of each output; `cross` is W A^T with rows of `cross_stride`, `gram` A A^T with rows of `gram_stride`, `b`
-/// [d_out, rank].
-extern "C" __global__ void gain_over_norm(const float *cross, int cross_stride, const float *gram, int gram_stride,
-                                          const float *b, float scale, const float *square, const float *magnitude,
-                                          float *gain, float *inverse, int d_out, int rank) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
+/// gain and 1 / norm of each output, one warp an output; `cross` is W A^T with rows of `cross_stride`, `gram` A A^T with rows of
+/// `gram_stride`, `b` [d_out, rank]. Shared memory: `rank` values a warp.
+extern "C" __global__ void low_rank_gain(const float *cross, int cross_stride, const float *gram, int gram_stride,
+                                         const float *b, float scale, const float *square, const float *magnitude, float *gain,
+                                         float *inverse, int d_out, int rank) {
+    extern __shared__ float rows[];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, i = blockIdx.x * (blockDim.x / 32) + warp;
     if (i >= d_out) return;
-    const float *row = b + static_cast<size_t>(i) * rank;
-    float first = 0, second = 0;
-    for (int k = 0; k < rank; k++) {
-        float sum = 0;
-        for (int l = 0; l < rank; l++) sum = fmaf(gram[k * gram_stride + l], row[l], sum);
-        first = fmaf(cross[static_cast<size_t>(i) * cross_stride + k], row[k], first);
-        second = fmaf(sum, row[k], second);
+    float *row = rows + warp * rank;
+    for (int k = lane; k < rank; k += 32) row[k] = b[static_cast<size_t>(i) * rank + k];
+    __syncwarp();
+    float sum = 0;
+    for (int k = lane; k < rank; k += 32) {
+        float inner = 0;
+        // The matrix is its own transpose.
+        for (int l = 0; l < rank; l++) inner = fmaf(__ldg(gram + static_cast<size_t>(l) * gram_stride + k), row[l], inner);
+        sum += row[k] * (2 * cross[static_cast<size_t>(i) * cross_stride + k] + scale * inner);
     }
-    float norm = sqrtf(fmaxf(square[i] + scale * (2 * first + scale * second), 0.f));
-    inverse[i] = 1 / norm;
-    gain[i] = magnitude[i] / norm;
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) {
+        float norm = sqrtf(fmaxf(square[i] + scale * sum, 0.f));
+        inverse[i] = 1 / norm;
+        gain[i] = magnitude[i] / norm;
+    }
 }

@@ -65,7 +65,7 @@ __device__ __forceinline__ bool aligned(const void *address) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    adamw(const Entry *entries, const uint2 *pieces, float lerp, float beta2, float square, float root, float eps, float scale) {
+    optimizer_adamw(const Entry *entries, const uint2 *pieces, float lerp, float beta2, float square, float root, float eps, float scale) {
     const Scalars s{lerp, beta2, square, root, eps, scale};
     const uint2 piece = pieces[blockIdx.x];
     const Entry entry = entries[piece.x];
@@ -119,7 +119,7 @@ struct Values {
 
 /// The sum of the squares of each piece.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    squares(const Values *tensors, const uint2 *pieces, double *partial) {
+    optimizer_squares(const Values *tensors, const uint2 *pieces, double *partial) {
     const uint2 piece = pieces[blockIdx.x];
     const Values tensor = tensors[piece.x];
     const uint64_t first = static_cast<uint64_t>(piece.y) * CHUNK;
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 /// The sum of `count` values by one block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024) squares_total(const double *partial, int count, double *total) {
+extern "C" __global__ void __launch_bounds__(1024) optimizer_squares_total(const double *partial, int count, double *total) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < count; i += 1024) {
         sum += partial[i];

@@ -216,16 +216,17 @@ BOTH(rows_affine_backward, (256), affine_back,
       float *partial, int rows, int w),
      g, g_stride, sums, sums_stride, gain, below, below_stride, partial, rows, w)
 
-/// d_gain += the rows of `partial` [pieces, w] in a fixed order, times `factor` [w] if there is one. 32 columns a block of 8 warps.
+/// d_gain += the rows of `partial` [pieces, w] of a matrix with `stride` columns, in a fixed order, times `factor` [w] if there is
+/// one. 32 columns a block of 8 warps.
 extern "C" __global__ void __launch_bounds__(256)
-    rows_add_partial(const float *partial, int pieces, int w, const float *factor, float *d_gain) {
+    rows_add_partial(const float *partial, int stride, int pieces, int w, const float *factor, float *d_gain) {
     __shared__ float totals[WARPS][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
     float total = 0.f;
     if (column < w) {
 #pragma unroll 4
         for (int k = warp; k < pieces; k += WARPS) {
-            total += partial[static_cast<size_t>(k) * w + column];
+            total += partial[static_cast<size_t>(k) * stride + column];
         }
     }
     totals[warp][lane] = total;

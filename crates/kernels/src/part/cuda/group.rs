@@ -2,14 +2,15 @@
 
 use super::{Flat, Input, Rows, exact};
 use crate::cuda::product::{Operand, Out, multiply};
-use crate::cuda::rows::Gains;
+use crate::cuda::rows::{Gains, Partial};
 use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
 use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
-use crate::part::Gain;
+use crate::part::{Gain, Projection};
 use crate::part::group::Group;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 /// What a forward pass keeps.
@@ -27,6 +28,13 @@ impl KeptOn {
     /// The gain of a member; ones if it has none.
     pub(in crate::part) fn gain(&self, member: usize) -> Gains {
         self.gains.get(member).copied().flatten().unwrap_or(Gains { values: 0, slopes: 0 })
+    }
+
+    /// Where the gains of all members begin, if they lie one after the other.
+    fn joined(&self, group: &Group<'_>) -> Option<u64> {
+        let first = self.gains.first().copied().flatten()?.values;
+        let follows = |(gain, at): (&Option<Gains>, usize)| gain.is_some_and(|g| g.values == value(first, at));
+        self.gains.iter().zip(group.offsets()).all(follows).then_some(first)
     }
 }
 
@@ -114,41 +122,51 @@ impl Group<'_> {
         found.filter(|whole| whole.d_out == self.d_out() && (1..=BORDER).contains(&self.ranks) && self.members.len() <= 3)
     }
 
-    /// The gains of the members that have one; those over a norm are computed.
+    /// The gains of the members that have one; those over a norm are computed, one after the other in memory.
     fn gains(&self, gpu: &Gpu, flat: &Flat) -> Result<(Vec<Option<Gains>>, Vec<CudaSlice<f32>>)> {
-        let (mut gains, mut held) = (Vec::with_capacity(self.members.len()), Vec::new());
-        for (member, place) in self.members.iter().zip(&self.places) {
-            let Some(at) = &place.gain else {
-                gains.push(None);
-                continue;
-            };
-            let given = flat.exact(at.start);
-            let Some(Gain::OverNorm { square }) = member.low_rank.as_ref().and_then(|l| l.gain.as_ref()) else {
-                gains.push(Some(Gains { values: given, slopes: 0 }));
-                continue;
-            };
-            let (d_out, rank) = (member.weight.d_out(), place.rank);
-            let (weight, _held) = dense(&member.weight)?;
-            let a = flat.matrix(self.a.start + place.row * self.d_in, self.d_in);
-            // W A^T and, below it, A A^T.
-            let cross = gpu.alloc::<f32>((d_out + rank) * rank)?;
-            let cross_at = gpu.address(&cross);
-            let gram_at = value(cross_at, d_out * rank);
-            for (rows, left, to) in [(d_out, weight, cross_at), (rank, a, gram_at)] {
-                let to = Out::F32 { at: to, stride: rank };
-                multiply(gpu, (rows, rank, self.d_in), plain(left), transposed(a), to, None, 1.0)?;
-            }
-            let both = gpu.alloc::<f32>(2 * d_out)?;
-            let values = gpu.address(&both);
-            let (slopes, square) = (value(values, d_out), address::<f32>(square)?);
-            let (b, scale, grid) = (flat.exact(place.b.start), member.scale(), ((d_out.div_ceil(128), 1, 1), 128, 0));
-            launch_with!(
-                gpu, "gain_over_norm", grid, cross_at, rank, gram_at, rank, b, scale, square, given, values, slopes, d_out, rank
-            )?;
-            held.push(both);
-            gains.push(Some(Gains { values, slopes }));
+        let given = |at: &Range<usize>| Gains { values: flat.exact(at.start), slopes: 0 };
+        let mut gains: Vec<_> = self.places.iter().map(|p| p.gain.as_ref().map(given)).collect();
+        if !self.members.iter().any(Projection::needs_norms) {
+            return Ok((gains, Vec::new()));
         }
-        Ok((gains, held))
+        let (d_out, ranks) = (self.d_out(), self.ranks);
+        // W A^T of all members and, below it, A A^T.
+        let cross = gpu.alloc::<f32>((d_out + ranks) * ranks)?;
+        let cross_at = gpu.address(&cross);
+        let times_a = |rows: usize, left: View, to: usize| {
+            let (a, to) = (flat.matrix(self.a.start, self.d_in), Out::F32 { at: value(cross_at, to * ranks), stride: ranks });
+            multiply(gpu, (rows, ranks, self.d_in), plain(left), transposed(a), to, None, 1.0)
+        };
+        match self.whole() {
+            Some(whole) => self.with_border(gpu, whole, flat, |whole| times_a(d_out + ranks, whole, 0))?,
+            None => {
+                for (weight, _held, first, outputs) in self.weights()? {
+                    times_a(outputs, weight, first)?;
+                }
+                times_a(ranks, flat.matrix(self.a.start, self.d_in), d_out)?;
+            }
+        }
+        let both = gpu.alloc::<f32>(2 * d_out)?;
+        let values = gpu.address(&both);
+        let members = self.members.iter().zip(&self.places).zip(self.offsets()).zip(&mut gains);
+        for (((member, place), first), gain) in members {
+            let (Some(magnitude), Some(Gain::OverNorm { square })) =
+                (&place.gain, member.low_rank.as_ref().and_then(|l| l.gain.as_ref()))
+            else {
+                continue;
+            };
+            let (outputs, rank, row) = (member.weight.d_out(), place.rank, place.row);
+            let (cross, gram) = (value(cross_at, first * ranks + row), value(cross_at, (d_out + row) * ranks + row));
+            let (to, slopes) = (value(values, first), value(values, d_out + first));
+            let (square, magnitude) = (address::<f32>(square)?, flat.exact(magnitude.start));
+            let (b, scale) = (flat.exact(place.b.start), member.scale());
+            let grid = ((outputs.div_ceil(8), 1, 1), 256, 8 * rank * size_of::<f32>());
+            launch_with!(
+                gpu, "low_rank_gain", grid, cross, ranks, gram, ranks, b, scale, square, magnitude, to, slopes, outputs, rank
+            )?;
+            *gain = Some(Gains { values: to, slopes });
+        }
+        Ok((gains, vec![both]))
     }
 
     /// Launches `product` with the factors in the border of `whole`.
@@ -173,7 +191,7 @@ impl Group<'_> {
             let blocks = (self.ranks * (d_out + self.d_in)).div_ceil(1024);
             let grid = ((blocks, 1, 1), 256, 0);
             let (d_in, ranks) = (self.d_in, self.ranks);
-            launch_with!(gpu, "border_fill", grid, view.at, view.stride, d_out, d_in, values, a, ranks, words)?;
+            launch_with!(gpu, "low_rank_border", grid, view.at, view.stride, d_out, d_in, values, a, ranks, words)?;
             *holds = flat.id;
         }
         product(view)
@@ -223,18 +241,24 @@ impl Group<'_> {
                 multiply(gpu, size, u, transposed(b), Out::Bf16(sum), beside(Some(sum)), member.scale())?;
             }
         }
+        let kept = KeptOn { inner, sums, gains, _held: held };
+        let plain_outputs = self.members.iter().all(|m| m.bias.is_none()) && (residual.is_none() || self.members.len() == 1);
+        if let (Some(gain), true, true) = (kept.joined(self), plain_outputs, kept.sums.is_some()) {
+            rows::affine(gpu, to, Some(gain), None, residual, out, (n, self.d_out()))?;
+            return Ok(kept);
+        }
         for (i, ((member, _), first)) in members().enumerate() {
             let bias = member.bias.as_ref().map(exact).transpose()?;
             let residual = residual.filter(|_| i == 0 && add.is_none());
-            if sums.is_none() && bias.is_none() && residual.is_none() {
+            if kept.sums.is_none() && bias.is_none() && residual.is_none() {
                 continue;
             }
-            let gain = gains[i].map(|g| g.values).filter(|_| !defer);
+            let gain = kept.gains[i].map(|g| g.values).filter(|_| !defer);
             let bias = bias.as_ref().map(address::<f32>).transpose()?;
             let size = (n, member.weight.d_out());
             rows::affine(gpu, to.columns(first), gain, bias, residual, out.columns(first), size)?;
         }
-        Ok(KeptOn { inner, sums, gains, _held: held })
+        Ok(kept)
     }
 
     /// Adds the gradients of B and of gains to zeros, and writes that of `x` [n, d_in] if it is wanted, for `g` of the outputs
@@ -316,19 +340,25 @@ impl Group<'_> {
         d_parameters: Option<u64>,
     ) -> Result<Rows> {
         let below = Rows::bordered(gpu, n, self.d_out())?;
-        for (i, ((member, place), first)) in self.members.iter().zip(&self.places).zip(self.offsets()).enumerate() {
+        let add = |i: usize, partial: &Partial, first: usize| -> Result<()> {
+            let (Some(d), Some(gain)) = (d_parameters, &self.places[i].gain) else { return Ok(()) };
+            let count = self.members[i].weight.d_out();
+            partial.add(gpu, (first, count), kept.gain(i).slopes, value(d, gain.start))
+        };
+        if let Some(gain) = kept.joined(self) {
+            let size = (n, self.d_out());
+            let partial = rows::affine_backward(gpu, g, sums.view(), gain, below.view(), size)?;
+            self.offsets().enumerate().try_for_each(|(i, first)| add(i, &partial, first))?;
+            return Ok(below);
+        }
+        for (i, (member, first)) in self.members.iter().zip(self.offsets()).enumerate() {
             let (from, to, size) = (g.columns(first), below.view().columns(first), (n, member.weight.d_out()));
-            let Some(gain) = &place.gain else {
+            if self.places[i].gain.is_none() {
                 rows::affine(gpu, from, None, None, None, to, size)?;
                 continue;
-            };
-            match d_parameters {
-                Some(d) => {
-                    let sums = sums.view().columns(first);
-                    rows::affine_backward(gpu, from, sums, kept.gain(i), to, value(d, gain.start), size)?;
-                }
-                None => rows::affine(gpu, from, Some(kept.gain(i).values), None, None, to, size)?,
             }
+            let sums = sums.view().columns(first);
+            add(i, &rows::affine_backward(gpu, from, sums, kept.gain(i).values, to, size)?, 0)?;
         }
         Ok(below)
     }
