@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
+use espalier_kernels::rows::take_rows;
 
 use crate::adapter::Adapter;
 use crate::module::Dense;
@@ -45,7 +46,8 @@ impl Embedding {
         let shape = ids.dims().to_vec();
         let flat = ids.flatten_all()?;
         let weight = self.weight.get();
-        let mut out = weight.index_select(&flat, 0)?;
+        // Trained tables need the tape.
+        let mut out = if weight.track_op() { weight.index_select(&flat, 0)? } else { take_rows(weight, &flat)? };
         if let Some(adapter) = &self.adapter {
             let Some(change) = adapter.lookup(&self.base, &flat)? else {
                 return Err(self.no_lookup());

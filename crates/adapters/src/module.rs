@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use espalier_kernels::frozen::FrozenWeight;
 use espalier_kernels::norm;
+use espalier_kernels::rows;
 use espalier_kernels::part::{self, Factors, PartNorm, Projection};
 
 use crate::adapter::Adapter;
@@ -208,8 +209,6 @@ pub fn projections<'a>(linears: impl IntoIterator<Item = &'a Linear>, flow: &Flo
 /// The parameters of a fused operation in one vector.
 #[derive(Debug, Clone)]
 pub struct FlatParameters {
-    /// All values, on the tape if a part is.
-    pub values: Tensor,
     parts: Vec<Tensor>,
 }
 
@@ -229,11 +228,38 @@ impl FlatParameters {
                 parts.extend(gain.clone());
             }
         }
-        if parts.is_empty() {
-            return Ok(None);
+        let device = parts.first().map(|p| p.device().clone());
+        if let Some(other) = parts.iter().find(|p| device.as_ref().is_some_and(|d| !p.device().same_device(d))) {
+            return Err(Error::config("device", format!("parameters of one block are on {device:?} and {:?}", other.device())));
         }
-        let flat = parts.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Some(Self { values: Tensor::cat(&flat, 0)?, parts }))
+        Ok(if parts.is_empty() { None } else { Some(Self { parts }) })
+    }
+
+    /// The tensors the vector is made of.
+    pub fn parts(&self) -> &[Tensor] {
+        &self.parts
+    }
+
+    /// Whether a part is on the tape.
+    pub fn is_trained(&self) -> bool {
+        self.parts.iter().any(Tensor::track_op)
+    }
+
+    /// All values, on the tape if a part is.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn on_tape(&self) -> Result<Tensor> {
+        let flat = self.parts.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&flat, 0)?)
+    }
+
+    /// All values, off the tape.
+    ///
+    /// # Errors
+    /// If the device is out of memory.
+    pub fn off_tape(&self) -> Result<Tensor> {
+        Ok(rows::concatenate(&self.parts)?)
     }
 
     /// Each tensor the vector is made of, with its part of the vector's gradient.

@@ -250,7 +250,7 @@ fn hold_gains(toy: &mut Toy) {
             continue;
         };
         let Some(view) = adapter.low_rank(&base).unwrap() else { continue };
-        let Some(gain) = &view.gain else { continue };
+        let Some(gain) = view.gains(&base).unwrap() else { continue };
         let weight = view.residual.unwrap_or(&base).dequantize(DType::F64).unwrap();
         let (a, b, scale) = (view.a.clone(), view.b.clone(), view.scale);
         let still = StillGain { weight, a, b, scale, gain: gain.detach(), dropout: adapter.dropout(), path };

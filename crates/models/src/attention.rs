@@ -113,8 +113,8 @@ impl Attention {
             spec: context.attention(self.layer).clone(),
             residual,
         };
-        let values = fused.parameters.as_ref().map(|p| &p.values);
-        Ok(part.is_fused(x, values)?.then(|| (Arc::new(part), fused.parameters)))
+        let parameters = fused.parameters.as_ref().map_or(&[][..], FlatParameters::parts);
+        Ok(part.is_fused(x, parameters)?.then(|| (Arc::new(part), fused.parameters)))
     }
 
     pub(crate) fn walk(

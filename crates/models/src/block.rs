@@ -75,8 +75,8 @@ impl Mlp {
             gated: self.gated,
             residual,
         };
-        let values = fused.parameters.as_ref().map(|p| &p.values);
-        Ok(part.is_fused(x, values)?.then(|| (Arc::new(part), fused.parameters)))
+        let parameters = fused.parameters.as_ref().map_or(&[][..], FlatParameters::parts);
+        Ok(part.is_fused(x, parameters)?.then(|| (Arc::new(part), fused.parameters)))
     }
 }
 
@@ -98,7 +98,7 @@ impl BlockPass {
     pub fn backward(self, g: &Tensor, wants_x: bool) -> Result<(Option<Tensor>, FlatGradients)> {
         let [(attention, a), (mlp, m)] = self.nodes;
         let mut gradients = Vec::with_capacity(2);
-        let trained = |flat: &Option<FlatParameters>| flat.as_ref().is_some_and(|flat| flat.values.track_op());
+        let trained = |flat: &Option<FlatParameters>| flat.as_ref().is_some_and(FlatParameters::is_trained);
         let (dx, d) = mlp.backward(g, (true, trained(&m)))?;
         gradients.extend(m.zip(d));
         drop(mlp);
@@ -163,8 +163,9 @@ impl Block {
         let attention = self.attention.part(x, Some(&n[0]), true, context, flow)?;
         let mlp = self.mlp.part(x, Some(&n[1]), true, flow)?;
         let (Some((attention, a)), Some((mlp, m))) = (attention, mlp) else { return Ok(None) };
-        let (y, attention) = attention.node(x, a.as_ref().map(|a| &a.values))?;
-        let (y, mlp) = mlp.node(&y, m.as_ref().map(|m| &m.values))?;
+        let values = |flat: &Option<FlatParameters>| flat.as_ref().map(FlatParameters::off_tape).transpose();
+        let (y, attention) = attention.node(x, values(&a)?.as_ref())?;
+        let (y, mlp) = mlp.node(&y, values(&m)?.as_ref())?;
         Ok(Some((y, BlockPass { nodes: [(attention, a), (mlp, m)] })))
     }
 
@@ -181,7 +182,8 @@ impl Block {
         if cache.is_none()
             && let Some((part, parameters)) = self.attention.part(x, norm, residual, context, flow)?
         {
-            return Ok(attention_part(x, parameters.as_ref().map(|p| &p.values), &part)?);
+            let values = parameters.as_ref().map(FlatParameters::on_tape).transpose()?;
+            return Ok(attention_part(x, values.as_ref(), &part)?);
         }
         let y = match norm {
             Some(norm) => self.attention.forward(&norm.forward(x)?, context, flow, cache)?,
@@ -193,7 +195,8 @@ impl Block {
     /// The same for the feed-forward part.
     fn feed(&self, x: &Tensor, norm: Option<&Norm>, residual: bool, flow: &Flow) -> Result<Tensor> {
         if let Some((part, parameters)) = self.mlp.part(x, norm, residual, flow)? {
-            return Ok(feed_forward_part(x, parameters.as_ref().map(|p| &p.values), &part)?);
+            let values = parameters.as_ref().map(FlatParameters::on_tape).transpose()?;
+            return Ok(feed_forward_part(x, values.as_ref(), &part)?);
         }
         let y = match norm {
             Some(norm) => self.mlp.forward(&norm.forward(x)?, flow)?,

@@ -24,7 +24,7 @@ impl Fused {
         output: &Linear,
         flow: &Flow,
     ) -> Result<Option<Self>> {
-        if !is_fused(x, None) {
+        if !is_fused(x, &[]) {
             return Ok(None);
         }
         let norm = match norm.map(Norm::frozen_part) {

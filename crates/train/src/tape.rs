@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId,
 use espalier_adapters::module::FlatParameters;
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
-use espalier_kernels::rows::put_rows;
+use espalier_kernels::rows::{put_rows, take_rows};
 use espalier_models::{BlockPass, Model, TokenBatch};
 
 use crate::Result;
@@ -257,7 +257,7 @@ fn head(
     let mut dx = wants_dx.then(|| flat.zeros_like()).transpose()?;
     for (places, labels) in chunks(model, targets) {
         let index = Tensor::new(places, x.device())?;
-        let leaf = Var::from_tensor(&flat.index_select(&index, 0)?)?;
+        let leaf = Var::from_tensor(&take_rows(&flat, &index)?)?;
         let loss = chunk_loss(model, leaf.as_tensor(), labels, flow)?;
         add_to(&mut sum, loss.detach().to_dtype(DType::F64)?)?;
         let d_rows = gradients.add(&(loss * scale)?, Some(leaf.as_tensor()))?;

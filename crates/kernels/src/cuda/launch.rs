@@ -6,14 +6,15 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{LaunchConfig, sys};
 use std::ffi::c_void;
 
-/// An argument of a kernel: `u64` for addresses, `i32`, `f32`, a tensor map, or a structure of 32-bit words.
-#[derive(Debug, Clone, Copy)]
+/// An argument of a kernel: `u64` for addresses, `i32`, `f32`, a tensor map, or a structure of 32-bit or 64-bit words.
+#[derive(Debug, Clone)]
 pub(crate) enum Arg {
     Address(u64),
     Int(i32),
     Float(f32),
     Map(sys::CUtensorMap),
     Words([u32; 19]),
+    Long(Box<[u64]>),
 }
 
 impl From<u64> for Arg {
@@ -65,6 +66,12 @@ impl From<[u32; 19]> for Arg {
     }
 }
 
+impl From<Box<[u64]>> for Arg {
+    fn from(value: Box<[u64]>) -> Self {
+        Self::Long(value)
+    }
+}
+
 impl Arg {
     fn pointer(&self) -> *mut c_void {
         match self {
@@ -73,6 +80,7 @@ impl Arg {
             Self::Float(value) => (&raw const *value).cast_mut().cast(),
             Self::Map(value) => (&raw const *value).cast_mut().cast(),
             Self::Words(value) => (&raw const *value).cast_mut().cast(),
+            Self::Long(value) => value.as_ptr().cast_mut().cast(),
         }
     }
 }

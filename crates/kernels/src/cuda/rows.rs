@@ -36,6 +36,15 @@ pub(crate) fn blocks(threads: Option<usize>, size: (usize, usize)) -> Result<usi
     }
 }
 
+/// out[i] <- x[index[i]] for n rows; `index` is the address of n u32.
+///
+/// # Errors
+/// If the driver refuses the launch.
+pub(crate) fn gather(gpu: &Gpu, x: View, index: u64, out: View, (n, h): (usize, usize)) -> Result<()> {
+    let name = if vectors(&[x, out], h) { "rows_gather" } else { "rows_gather_scalar" };
+    launch_with!(gpu, name, spread((n, h), STEP)?, x.at, x.stride, index, out.at, out.stride, n, h)
+}
+
 /// out[index`[i]`] <- rows `[i]`, n rows of h values; `index` is the address of n different u32.
 ///
 /// # Errors

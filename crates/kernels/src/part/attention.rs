@@ -57,11 +57,11 @@ impl AttentionPart {
         node(self, x, parameters)
     }
 
-    /// Whether the part runs fused for rows `x` [b, t, h] with these flat parameters.
+    /// Whether the part runs fused for rows `x` [b, t, h] with parameters like these.
     ///
     /// # Errors
     /// If the device's kernels cannot be loaded.
-    pub fn is_fused(&self, x: &Tensor, parameters: Option<&Tensor>) -> Result<bool> {
+    pub fn is_fused(&self, x: &Tensor, parameters: &[Tensor]) -> Result<bool> {
         runs(self, x, parameters)
     }
 

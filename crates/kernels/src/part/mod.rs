@@ -177,10 +177,10 @@ fn sum<T: Element>(mut a: Vec<T>, b: &[T]) -> Vec<T> {
 
 /// Whether parts may run fused for rows like `x`: f32, bf16 or f16 on the CPU, bf16 on a CUDA device where the crate is built for
 /// it; with their parameters in f32 beside them.
-pub fn is_fused(x: &Tensor, parameters: Option<&Tensor>) -> bool {
+pub fn is_fused(x: &Tensor, parameters: &[Tensor]) -> bool {
     let on_device = cfg!(feature = "cuda") && x.device().is_cuda() && x.dtype() == DType::BF16;
     (crate::fused(x) || on_device)
-        && parameters.is_none_or(|p| p.dtype() == DType::F32 && p.device().same_device(x.device()))
+        && parameters.iter().all(|p| p.dtype() == DType::F32 && p.device().same_device(x.device()))
 }
 
 /// The flat parameters of a part without any.

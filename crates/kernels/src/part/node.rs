@@ -86,7 +86,7 @@ fn checked<P: Part>(part: &P, x: &Tensor, parameters: Option<Tensor>) -> Result<
 }
 
 /// Whether a part runs fused for rows `x`.
-pub(super) fn runs<P: Part>(part: &P, x: &Tensor, parameters: Option<&Tensor>) -> Result<bool> {
+pub(super) fn runs<P: Part>(part: &P, x: &Tensor, parameters: &[Tensor]) -> Result<bool> {
     if !is_fused(x, parameters) {
         return Ok(false);
     }
@@ -101,7 +101,7 @@ pub(super) fn runs<P: Part>(part: &P, x: &Tensor, parameters: Option<&Tensor>) -
 /// The result of a part on the tape.
 pub(super) fn apply<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tensor>) -> Result<Tensor> {
     let parameters = checked(&**part, x, parameters.cloned())?;
-    if runs(&**part, x, Some(&parameters))? {
+    if runs(&**part, x, std::slice::from_ref(&parameters))? {
         x.contiguous()?.apply_op2(&parameters, Pass::new(part))
     } else {
         part.reference(x, &parameters)
@@ -110,7 +110,7 @@ pub(super) fn apply<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tens
 
 /// The result of a part off the tape, and the way back.
 pub(super) fn node<P: Part>(part: &Arc<P>, x: &Tensor, parameters: Option<&Tensor>) -> Result<(Tensor, Node)> {
-    if !runs(&**part, x, parameters)? {
+    if !runs(&**part, x, parameters.map_or(&[], std::slice::from_ref))? {
         bail!(
             "{} without the tape: x is {:?} {:?} on {:?}, which no fused kernel handles with these parameters",
             P::NAME,

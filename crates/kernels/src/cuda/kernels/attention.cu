@@ -269,7 +269,7 @@ __device__ __forceinline__ void backward(const TensorMap *map_q, const TensorMap
         barrier_init(&shared.kv_full, 1);
         for (int i = 0; i < 2; i++) {
             barrier_init(&shared.full[i], 1);
-            barrier_init(&shared.free[i], 8);
+            barrier_init(&shared.free[i], 256);
         }
         barrier_init_done();
     }
@@ -424,7 +424,7 @@ __device__ __forceinline__ void backward(const TensorMap *map_q, const TensorMap
         pin(sum_k);
         pin(sum_v);
         pin(s);
-        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.free[stage]);
+        barrier_arrive(&shared.free[stage]);
         if (i > 0) store_queries(i - 1, part);
     }
     if (rounds > 0) {

@@ -241,6 +241,25 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
+/// Up to 32 vectors and where each begins among all; the rest begin at the end.
+struct Vectors {
+    const float *from[32];
+    long long first[33];
+};
+
+/// to <- the values of all vectors, one after the other.
+extern "C" __global__ void __launch_bounds__(256) rows_concatenate(const __grid_constant__ Vectors v, float *to) {
+    const long long total = v.first[32];
+    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < total; i += gridDim.x * 256ll) {
+        int which = 0;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            which += v.first[which + step] <= i ? step : 0;
+        }
+        to[i] = v.from[which][i - v.first[which]];
+    }
+}
+
 /// Rounds n values, 8 * ROWS a thread.
 extern "C" __global__ void __launch_bounds__(256) rows_to_bf16(const float *from, bf16 *to, long long n) {
     const long long first = (static_cast<long long>(blockIdx.x) * blockDim.x * ROWS + threadIdx.x) * 8;
