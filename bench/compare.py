@@ -28,6 +28,7 @@ CUDA_1B = "--device cuda --hidden 2048 --layers 22 --heads 32 --kv-heads 4 --ff 
 CUDA_7B = "--device cuda --hidden 4096 --layers 32 --heads 32 --kv-heads 32 --ff 11008 --vocab 32000 --batch 2 --seq 2048"
 PLAIN = {"default": ""}
 HALF = {"default": "", "adapters in bf16": "--adapter-dtype base", "autocast": "--autocast"}
+FAST = {"default": "", "adapters in bf16": "--adapter-dtype base"}
 
 # name: (command, flags of both sides, settings of the reference)
 WORKLOADS = {
@@ -39,8 +40,9 @@ WORKLOADS = {
     "cpu-large-bf16": ("train", "--dtype bfloat16 --steps 4 --warmup 1 " + LARGE, HALF),
     "cpu-decode-1": ("generate", "--dtype float32 --batch 1", PLAIN),
     "cpu-decode-8": ("generate", "--dtype float32 --batch 8", PLAIN),
-    "cuda-1b": ("train", "--dtype bfloat16 " + CUDA_1B, {**HALF, "adapters in bf16, compiled": "--adapter-dtype base --compile"}),
-    "cuda-7b": ("train", "--dtype bfloat16 " + CUDA_7B, HALF),
+    "cuda-1b": ("train", "--dtype bfloat16 " + CUDA_1B, {**FAST, "adapters in bf16, compiled": "--adapter-dtype base --compile"}),
+    "cuda-1b-dora": ("train", "--dtype bfloat16 --dora " + CUDA_1B, PLAIN),
+    "cuda-7b": ("train", "--dtype bfloat16 " + CUDA_7B, FAST),
 }
 
 
@@ -67,6 +69,12 @@ def run(command):
     found = json.loads(lines[-1])
     found = found[0] if isinstance(found, list) else found
     return {**found, "busy_cores_before": busy, "wall_s": round(time.time() - began, 2)}
+
+
+def graphics():
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    return f"{name} (driver {driver})"
 
 
 def processor():
@@ -96,7 +104,7 @@ def measure(workload, options):
             results[name].append(found)
             print(f"{workload} {i + 1}/{options.rounds} {name}: {rate(found):.0f} tokens/s", file=sys.stderr)
     RUNS.mkdir(exist_ok=True)
-    record = {"workload": workload, "flags": flags, "machine": processor(), "date": time.strftime("%Y-%m-%d"),
+    record = {"workload": workload, "flags": flags, "machine": graphics() if "cuda" in flags else processor(), "date": time.strftime("%Y-%m-%d"),
               "sides": results}
     (RUNS / f"{workload}.json").write_text(json.dumps(record, indent=1) + "\n")
     return record
@@ -125,7 +133,7 @@ def table(record):
 
 
 def render():
-    records = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted(RUNS.glob("c*.json"))]
     text = DOC.read_text()
     begin, end = "<!-- tables of bench/compare.py -->", "<!-- end of tables -->"
     before, rest = text.split(begin)

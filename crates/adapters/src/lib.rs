@@ -19,6 +19,7 @@ pub mod formats;
 pub mod initialisation;
 pub mod low_rank;
 pub mod module;
+pub mod projected;
 pub mod parameter;
 pub mod parametrisation;
 pub mod random;

@@ -2,7 +2,8 @@
 //!
 //! Prompts of a batch are padded on the left, so that all of them end at the same place; padding is a segment of its own,
 //! which nothing sees, and positions count from each prompt's first token. Sequences that are finished leave the batch.
-//! Each new token then costs one step of one position.
+//! Each new token then costs one step of one position: on a CUDA device a recorded one where the model has a decoder, in which
+//! finished sequences stay to the end of their batch.
 
 use std::time::Instant;
 
@@ -10,7 +11,7 @@ use candle_core::{DType, Tensor};
 use espalier_adapters::Flow;
 use espalier_data::TextCodec;
 use espalier_models::input::PADDING;
-use espalier_models::{Model, TokenBatch};
+use espalier_models::{Decoder, KvCache, Model, TokenBatch};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{max_length, table_follows_length};
@@ -83,7 +84,7 @@ pub struct Event {
 pub struct Stats {
     /// Tokens of the prompts, without padding.
     pub prefill_tokens: usize,
-    /// Seconds spent on them.
+    /// Seconds spent on them, and on the decoder that goes on after them.
     pub prefill_s: f64,
     /// New tokens, of all sequences.
     pub decode_tokens: usize,
@@ -194,31 +195,84 @@ fn run(model: &Model, batch: &mut [Sequence<'_>], stats: &mut Stats, on_event: &
     let prompts: Vec<&[u32]> = live.iter().map(|s| s.tokens()).collect();
     let mut scores = rows(&model.advance(&left_padded(&prompts), &mut cache, &flow)?)?;
     stats.prefill_tokens += prompts.iter().map(|p| p.len()).sum::<usize>();
+    let most = live.iter().map(|s| s.longest() - s.tokens().len()).max().unwrap_or(0);
+    let decoder = if most > 1 { model.decoder(&cache, cache.len() + most, &flow)? } else { None };
     stats.prefill_s += start.elapsed().as_secs_f64();
     let start = Instant::now();
+    let next = take(&mut live, &mut scores, stats, on_event)?;
+    match decoder {
+        Some(decoder) => decode(decoder, live, next, stats, on_event)?,
+        None => advance(model, cache, live, next, stats, on_event)?,
+    }
+    stats.decode_s += start.elapsed().as_secs_f64();
+    Ok(())
+}
+
+/// Lets each sequence choose a token by its scores; the tokens, None of those that are finished with it.
+fn take(
+    live: &mut [&mut Sequence<'_>],
+    scores: &mut [Vec<f32>],
+    stats: &mut Stats,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<Vec<Option<u32>>> {
+    let mut next = Vec::with_capacity(live.len());
+    for (sequence, logits) in live.iter_mut().zip(scores) {
+        let token = sequence.step(logits, on_event)?;
+        stats.decode_tokens += 1;
+        next.push(Some(token).filter(|_| !sequence.is_finished()));
+    }
+    Ok(next)
+}
+
+/// Goes on by whole passes; sequences that are finished leave the batch.
+fn advance(
+    model: &Model,
+    mut cache: KvCache,
+    mut live: Vec<&mut Sequence<'_>>,
+    mut next: Vec<Option<u32>>,
+    stats: &mut Stats,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<()> {
     loop {
-        let (mut keep, mut ids, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        let keep: Vec<u32> = (0..).zip(&next).filter_map(|(row, id)| id.map(|_| row)).collect();
         let before = live.len();
-        for (row, (sequence, logits)) in live.iter_mut().zip(&mut scores).enumerate() {
-            let token = sequence.step(logits, on_event)?;
-            stats.decode_tokens += 1;
-            if !sequence.is_finished() {
-                keep.push(row as u32);
-                ids.push(token);
-                positions.push(sequence.tokens().len() as u32 - 1);
-            }
-        }
         live.retain(|s| !s.is_finished());
         if live.is_empty() {
-            break;
+            return Ok(());
         }
         if live.len() < before {
             cache.keep_rows(&keep)?;
         }
+        let ids = next.into_iter().flatten().collect();
+        let positions = live.iter().map(|s| s.tokens().len() as u32 - 1).collect();
         let input = TokenBatch { batch: live.len(), length: 1, ids, positions, segments: None, token_types: None };
-        scores = rows(&model.advance(&input, &mut cache, &flow)?)?;
+        let mut scores = rows(&model.advance(&input, &mut cache, &Flow::eval())?)?;
+        next = take(&mut live, &mut scores, stats, on_event)?;
     }
-    stats.decode_s += start.elapsed().as_secs_f64();
+}
+
+/// Goes on by recorded steps of all rows; what rows of finished sequences give is not used.
+fn decode(
+    mut decoder: Decoder,
+    mut live: Vec<&mut Sequence<'_>>,
+    next: Vec<Option<u32>>,
+    stats: &mut Stats,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<()> {
+    let mut ids: Vec<u32> = next.into_iter().map(|id| id.unwrap_or(0)).collect();
+    while live.iter().any(|s| !s.is_finished()) {
+        // A sequence takes its one token where the device chose it, and scores where it chooses itself.
+        let greedy = live.iter().all(|s| s.is_greedy());
+        let chosen = if greedy { decoder.step_greedy(Some(&ids))? } else { Vec::new() };
+        let mut scores = if greedy { Vec::new() } else { rows(&decoder.step(&ids)?)? };
+        for (row, sequence) in live.iter_mut().enumerate().filter(|(_, s)| !s.is_finished()) {
+            ids[row] = match chosen.get(row) {
+                Some(token) => sequence.take(*token, on_event)?,
+                None => sequence.step(&mut scores[row], on_event)?,
+            };
+            stats.decode_tokens += 1;
+        }
+    }
     Ok(())
 }
 

@@ -45,6 +45,11 @@ impl SamplingConfig {
         Self::default()
     }
 
+    /// Whether the first of the most likely tokens is taken, whatever came before.
+    pub(crate) fn takes_the_best(&self) -> bool {
+        self.temperature == 0.0 && self.repetition_penalty.is_none_or(|p| p == 1.0)
+    }
+
     /// Whether all values can be meant.
     ///
     /// # Errors

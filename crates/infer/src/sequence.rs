@@ -101,6 +101,24 @@ impl<'a> Sequence<'a> {
     /// Chooses the next token by its scores and reports it.
     pub(crate) fn step(&mut self, logits: &mut [f32], on_event: &mut dyn FnMut(Event)) -> Result<u32> {
         let token = self.sampler.sample(logits, &self.tokens)?;
+        self.push(token, on_event)
+    }
+
+    /// Whether the next token is always the first of the most likely ones.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.options.sampling.takes_the_best()
+    }
+
+    /// Takes the first of the most likely tokens, chosen elsewhere; `u32::MAX` says that scores are not finite.
+    pub(crate) fn take(&mut self, token: u32, on_event: &mut dyn FnMut(Event)) -> Result<u32> {
+        if token == u32::MAX {
+            return Err(Error::Scores("a token has NaN or infinity, or none has a finite score".into()));
+        }
+        self.push(token, on_event)
+    }
+
+    /// Appends the next token and reports it.
+    fn push(&mut self, token: u32, on_event: &mut dyn FnMut(Event)) -> Result<u32> {
         self.tokens.push(token);
         let end = !self.options.ignore_eos && self.options.eos.contains(&token);
         let piece = match &mut self.decoder {

@@ -14,6 +14,7 @@
 pub mod activation;
 pub mod attention;
 pub mod cross_entropy;
+pub mod decode;
 pub mod frozen;
 pub mod low_rank;
 pub mod norm;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_adapters::module::{FlatParameters, Linear, Norm, lay_together};
+use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::projected::{FlatParameters, lay_together};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::attention::attention;
 use espalier_kernels::part::AttentionPart;
@@ -69,6 +70,8 @@ impl Attention {
             }
             split => (split[0].forward(x, flow)?, split[1].forward(x, flow)?, split[2].forward(x, flow)?),
         };
+        // Nothing goes back through a cache.
+        let (q, k, v) = if cache.is_some() { (q.detach(), k.detach(), v.detach()) } else { (q, k, v) };
         let mut q = q.contiguous()?.reshape((b, t, self.heads, self.head_dim))?;
         let mut k = k.contiguous()?.reshape((b, t, self.kv_heads, self.head_dim))?;
         let v = v.contiguous()?.reshape((b, t, self.kv_heads, self.head_dim))?;

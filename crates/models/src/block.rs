@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use espalier_adapters::module::{FlatParameters, Linear, Norm, lay_together};
+use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::projected::{FlatParameters, lay_together};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::activation::{Activation, activate, gated};
+use espalier_kernels::decode::DecoderBlock;
 use espalier_kernels::part::{FeedForwardPart, Node, attention_part, feed_forward_part};
 
 use crate::Result;
@@ -167,6 +169,27 @@ impl Block {
         let (y, attention) = attention.node(x, values(&a)?.as_ref())?;
         let (y, mlp) = mlp.node(&y, values(&m)?.as_ref())?;
         Ok(Some((y, BlockPass { nodes: [(attention, a), (mlp, m)] })))
+    }
+
+    /// The block as a decoder takes it for rows like x [b, 1, h], after what its cache holds.
+    pub(crate) fn step(
+        &self,
+        x: &Tensor,
+        context: &Context,
+        flow: &Flow,
+        cache: &LayerCache,
+    ) -> Result<Option<DecoderBlock>> {
+        let n = &self.norms;
+        if self.placement != NormPlacement::Pre {
+            return Ok(None);
+        }
+        let attention = self.attention.part(x, Some(&n[0]), true, context, flow)?;
+        let mlp = self.mlp.part(x, Some(&n[1]), true, flow)?;
+        let (Some((attention, a)), Some((feed_forward, m))) = (attention, mlp) else { return Ok(None) };
+        let Some((keys, values)) = cache.filled()? else { return Ok(None) };
+        let attention_parameters = a.as_ref().map(FlatParameters::off_tape).transpose()?;
+        let feed_forward_parameters = m.as_ref().map(FlatParameters::off_tape).transpose()?;
+        Ok(Some(DecoderBlock { attention, attention_parameters, feed_forward, feed_forward_parameters, keys, values }))
     }
 
     /// Attention of the normalised input, added to the input if `residual`: as one operation where it has that form.

@@ -46,6 +46,12 @@ impl LayerCache {
         }
     }
 
+    /// All keys and values so far; None of an empty cache.
+    pub(crate) fn filled(&self) -> Result<Option<(Tensor, Tensor)>> {
+        let (Some(keys), Some(values)) = (&self.keys, &self.values) else { return Ok(None) };
+        Ok(Some((keys.narrow(1, 0, self.length)?, values.narrow(1, 0, self.length)?)))
+    }
+
     /// Keeps only the rows of `rows` (u32 indices into the batch).
     fn select(&mut self, rows: &Tensor) -> Result<()> {
         for slot in [&mut self.keys, &mut self.values] {
@@ -84,6 +90,16 @@ impl KvCache {
     /// Whether nothing is cached.
     pub fn is_empty(&self) -> bool {
         self.length == 0
+    }
+
+    /// How many tokens at the start of each row are padding, if all others are one sequence.
+    pub(crate) fn padding(&self) -> Option<Vec<u32>> {
+        let of_row = |segments: &Vec<u32>| {
+            let start = segments.iter().take_while(|s| **s == PADDING).count();
+            let rest = &segments[start..];
+            rest.first().is_some_and(|first| rest.iter().all(|s| s == first && *s != PADDING)).then_some(start as u32)
+        };
+        self.segments.iter().map(of_row).collect()
     }
 
     /// Notes the tokens of `input` and says which cached tokens each of them may see.

@@ -48,6 +48,17 @@ impl Context {
     }
 }
 
+/// cos and sin of positions 0 to `capacity` [capacity, rotated / 2] for sequences that grow to that length; None where the
+/// frequencies change on the way.
+pub(crate) fn table(spec: &RopeSpec, capacity: usize, device: &Device) -> Result<Option<(Tensor, Tensor)>> {
+    if spec.frequencies(1) != spec.frequencies(capacity) {
+        return Ok(None);
+    }
+    let input = TokenBatch::new(vec![0; capacity], 1, capacity)?;
+    let (cos, sin) = rotary(spec, &input, DType::F32, device)?;
+    Ok(Some((cos.squeeze(0)?, sin.squeeze(0)?)))
+}
+
 /// The tables of the positions asked for last: most steps of a run ask for the same ones.
 #[derive(Debug, Default)]
 pub(crate) struct RotaryTables(Mutex<Option<Tables>>);

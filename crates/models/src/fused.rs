@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 use espalier_adapters::Flow;
-use espalier_adapters::module::{FlatParameters, Linear, Norm, projections};
+use espalier_adapters::module::{Linear, Norm};
+use espalier_adapters::projected::{FlatParameters, projections};
 use espalier_kernels::part::{PartNorm, Projection, is_fused};
 
 use crate::Result;

@@ -21,16 +21,16 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Model {
     pub(crate) config: ModelConfig,
-    embed: Embedding,
-    position: Option<Embedding>,
-    token_type: Option<Embedding>,
-    embed_norm: Option<Norm>,
-    blocks: Vec<Block>,
-    norm: Option<Norm>,
-    head: Head,
-    device: Device,
-    dtype: DType,
-    tables: RotaryTables,
+    pub(crate) embed: Embedding,
+    pub(crate) position: Option<Embedding>,
+    pub(crate) token_type: Option<Embedding>,
+    pub(crate) embed_norm: Option<Norm>,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Option<Norm>,
+    pub(crate) head: Head,
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    pub(crate) tables: RotaryTables,
     pub(crate) provenance: Provenance,
 }
 
@@ -287,7 +287,7 @@ impl Model {
         let context = Context::new(&self.config, input, segments, (self.dtype, &self.device), &self.tables)?;
         let mut x = self.embed(input)?;
         for i in 0..self.blocks.len() {
-            x = self.block(i, &x, &context, flow, Some(&mut cache.layers[i]))?;
+            x = self.block(i, &x, &context, flow, Some(&mut cache.layers[i]))?.detach();
         }
         let last = x.narrow(1, input.length - 1, 1)?.squeeze(1)?.contiguous()?;
         self.scores(&self.finish(&last)?, flow)

@@ -3,8 +3,8 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
-use common::{difference, golden, load, logits, tensors};
+use candle_core::{DType, Tensor};
+use common::{device, difference, golden, load, logits, tensors};
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::formats::folder;
 use espalier_adapters::{AdapterSet, Host};
@@ -55,7 +55,7 @@ fn open(name: &str) -> Case {
     let golden = tensors(&path.join("expected.safetensors"));
     let base = logits(&model, &golden["ids"]);
     let attached =
-        folder::load(&mut model, files, false, DType::F32, &Device::Cpu).unwrap_or_else(|e| panic!("{name}: {e}"));
+        folder::load(&mut model, files, false, DType::F32, &device()).unwrap_or_else(|e| panic!("{name}: {e}"));
     let mut set = AdapterSet::new();
     set.add("a", attached).unwrap();
     set.activate(&mut model, &[("a", 1.0)]).unwrap();
@@ -116,7 +116,7 @@ fn a_round_trip_through_our_writer_changes_nothing() {
             }
         }
         let mut model = load(&golden().join(original.config.base.clone().unwrap()));
-        let again = folder::load(&mut model, files, false, DType::F32, &Device::Cpu).unwrap();
+        let again = folder::load(&mut model, files, false, DType::F32, &device()).unwrap();
         let mut set = AdapterSet::new();
         set.add("b", again).unwrap();
         set.activate(&mut model, &[("b", 1.0)]).unwrap();
@@ -129,7 +129,7 @@ fn a_round_trip_through_our_writer_changes_nothing() {
 fn two_adapters_act_as_the_sum_of_their_changes() {
     let mut case = open("lora_all");
     let second = folder::read(&golden().join("adapters/dora")).unwrap();
-    let second = folder::load(&mut case.model, second, false, DType::F32, &Device::Cpu).unwrap();
+    let second = folder::load(&mut case.model, second, false, DType::F32, &device()).unwrap();
     case.set.add("b", second).unwrap();
     case.set.activate(&mut case.model, &[("a", 0.5), ("b", 1.0)]).unwrap();
     let together = logits(&case.model, &case.ids);
@@ -148,7 +148,7 @@ fn starts_from_the_base_are_those_of_peft() {
         let golden_tensors = tensors(&path.join("expected.safetensors"));
         let mut model = load(&golden().join(config.base.clone().unwrap()));
         let base = logits(&model, &golden_tensors["ids"]);
-        let attached = attach(&mut model, &config, Origin::Seed(0), DType::F32, &Device::Cpu).unwrap();
+        let attached = attach(&mut model, &config, Origin::Seed(0), DType::F32, &device()).unwrap();
         let module = "model.layers.0.mlp.down_proj";
         let of = |part: &str| attached.parameters.get(&format!("{module}.lora_{part}.weight")).unwrap().tensor.clone();
         let ours = of("B").matmul(&of("A")).unwrap();
@@ -186,14 +186,14 @@ fn refusals_name_what_is_wrong() {
         tensors: files.tensors.clone(),
         copies: files.copies.clone(),
     };
-    let error = folder::load(&mut model, again, false, DType::F32, &Device::Cpu).unwrap_err().to_string();
+    let error = folder::load(&mut model, again, false, DType::F32, &device()).unwrap_err().to_string();
     assert!(error.contains(&name), "{error}");
     files.tensors.insert(name.replace("layers.0", "layers.7"), tensor);
-    let error = folder::load(&mut model, files, false, DType::F32, &Device::Cpu).unwrap_err().to_string();
+    let error = folder::load(&mut model, files, false, DType::F32, &device()).unwrap_err().to_string();
     assert!(error.contains("layers.7"), "{error}");
     let mut other = load(&golden().join("families/mistral"));
     let mut files = folder::read(temp.path()).unwrap();
     files.config.base_hash = Some("sha256:0".into());
-    let error = folder::load(&mut other, files, false, DType::F32, &Device::Cpu).unwrap_err().to_string();
+    let error = folder::load(&mut other, files, false, DType::F32, &device()).unwrap_err().to_string();
     assert!(error.contains("another base") || error.contains("hash"), "{error}");
 }

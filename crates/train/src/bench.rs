@@ -68,6 +68,11 @@ pub struct TrainReport {
     pub first_step_s: f64,
     pub loss0: f64,
     pub loss_last: f64,
+    /// Median time of the first and of the last tenth of the steps.
+    pub early_s: f64,
+    pub late_s: f64,
+    /// Peak memory after the first tenth of the steps.
+    pub early_peak_mib: u64,
     /// Measured rate of matrix products in this run, GFLOP/s.
     pub matrix_gflops: f64,
     /// FLOPs that the step needs, in units of 10^9.
@@ -199,23 +204,33 @@ pub fn train(
     let settings = AdamWStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     let mut gradients = Gradients::new(&parameters);
     let start = Start::of(&model, &parameters);
-    let (mut times, mut losses, mut first) = (Vec::new(), Vec::new(), 0.0);
+    let (mut times, mut losses, mut first, mut early_peak_mib) = (Vec::new(), Vec::new(), 0.0, 0);
+    let tenth = (steps - 1) / 10;
     for i in 0..warmup + steps {
         let began = Instant::now();
         gradients.clear();
         let scale = 1.0 / targets.weight() as f64;
         let flow = Flow::train(0, i as u64, 0);
-        let sum = tape::accumulate(&model, &data, &targets, &flow, start, (scale, checkpointing), &mut gradients)?;
+        let loss = tape::accumulate(&model, &data, &targets, &flow, start, (scale, checkpointing), &mut gradients)?;
         optimizer.step(gradients.sums(), 1.0, settings)?;
+        losses.push(loss.value()? * scale);
         model.device().synchronize()?;
-        losses.push(sum * scale);
         if i == 0 {
             first = crate::process_seconds();
         }
         if i >= warmup {
             times.push(began.elapsed().as_secs_f64());
         }
+        if i == warmup + tenth {
+            early_peak_mib = peak_mib(model.device())?;
+        }
     }
+    let middle = |times: &[f64]| {
+        let mut times = times.to_vec();
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    let (early_s, late_s) = (middle(&times[..=tenth]), middle(&times[steps - 1 - tenth..]));
     let peak_mib = peak_mib(model.device())?;
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
@@ -240,13 +255,17 @@ pub fn train(
         first_step_s: first,
         loss0: losses.first().copied().unwrap_or_default(),
         loss_last: losses.last().copied().unwrap_or_default(),
+        early_s,
+        late_s,
+        early_peak_mib,
         matrix_gflops: rate,
         step_gflop: flops / 1e9,
         share_of_floor: flops / 1e9 / rate / median,
     })
 }
 
-/// Times generation with the adapter beside the base: `prompt` tokens in, `new_tokens` out, greedily, for one batch size.
+/// Times generation with the adapter beside the base: `prompt` tokens in, `new_tokens` out, greedily, for one batch size. What a
+/// generation sets up for its tokens counts as part of its prompt.
 ///
 /// # Errors
 /// If the shape is not valid.
@@ -262,9 +281,18 @@ pub fn generate(shape: &Shape, batch: usize, prompt: usize, new_tokens: usize) -
         let began = Instant::now();
         let input = TokenBatch::new(tokens(batch * prompt, shape.vocab), batch, prompt)?;
         let mut scores = model.advance(&input, &mut cache, &flow)?;
+        let decoder = model.decoder(&cache, prompt + new_tokens, &flow)?;
         model.device().synchronize()?;
         prefill = prefill.min(began.elapsed().as_secs_f64());
         let began = Instant::now();
+        if let Some(mut decoder) = decoder {
+            let mut next = best(&scores)?;
+            for _ in 0..new_tokens {
+                next = decoder.step_greedy(Some(&next))?;
+            }
+            decode = decode.min(began.elapsed().as_secs_f64());
+            continue;
+        }
         for i in 0..new_tokens {
             let next: Vec<u32> = best(&scores)?;
             let input = TokenBatch::starting_at(next, batch, 1, prompt + i)?;

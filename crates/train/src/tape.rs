@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId, Var};
-use espalier_adapters::module::FlatParameters;
+use espalier_adapters::projected::FlatParameters;
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
 use espalier_kernels::rows::{put_rows, take_rows};
@@ -148,6 +148,24 @@ enum Kept {
     Input(Tensor),
 }
 
+/// A summed loss that a device may still be computing.
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct Loss(Option<Tensor>);
+
+impl Loss {
+    /// Its value; waits for the device.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn value(&self) -> Result<f64> {
+        Ok(match &self.0 {
+            Some(loss) => loss.to_scalar::<f64>()?,
+            None => 0.0,
+        })
+    }
+}
+
 /// One pass over a micro-batch: adds `scale` times the gradient of the summed loss, and gives the summed loss.
 ///
 /// # Errors
@@ -160,7 +178,7 @@ pub fn accumulate(
     start: Start,
     (scale, checkpointing): (f64, bool),
     gradients: &mut Gradients,
-) -> Result<f64> {
+) -> Result<Loss> {
     let input = token_batch(model, batch, targets.separator)?;
     let context = model.context(&input)?;
     let embedded = model.embed(&input)?;
@@ -212,11 +230,7 @@ pub fn accumulate(
     if let (Start::Embeddings, Some(upstream)) = (start, dx) {
         gradients.add(&seed(&embedded, upstream)?, None)?;
     }
-    // Read last: until here a device is only given work.
-    Ok(match loss {
-        Some(loss) => loss.to_dtype(DType::F64)?.to_scalar::<f64>()?,
-        None => 0.0,
-    })
+    Ok(Loss(loss))
 }
 
 /// A scalar whose gradient for `y` is `upstream`; its value means nothing.

@@ -119,15 +119,16 @@ impl<'a> Training<'a> {
             ));
         }
         self.gradients.clear();
-        let mut sum = 0.0;
+        let mut losses = Vec::with_capacity(window.len());
         let mut tokens = 0u64;
         for (part, (batch, targets)) in window.iter().enumerate() {
             let flow = Flow::train(recipe.seed, self.state.step as u64, part as u64);
             let how = (1.0 / weight as f64, recipe.checkpointing);
-            sum += tape::accumulate(&self.run.model, batch, targets, &flow, self.start, how, &mut self.gradients)?;
+            losses.push(tape::accumulate(&self.run.model, batch, targets, &flow, self.start, how, &mut self.gradients)?);
             tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
         }
-        let loss = sum / weight as f64;
+        // Read last: until here a device is only given work.
+        let loss = losses.iter().map(tape::Loss::value).sum::<Result<f64>>()? / weight as f64;
         self.finite("the loss", loss)?;
         let norm = global_norm(self.gradients.sums())?;
         self.finite("the gradient's norm", norm)?;

@@ -6,7 +6,7 @@ mod common;
 
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use common::{data, golden, tensors, train};
 use espalier_adapters::Flow;
 use espalier_models::TokenBatch;
@@ -29,7 +29,8 @@ fn relative(ours: &[f64], theirs: &[f64]) -> f64 {
 
 fn absolute(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
-    let difference = (a.to_dtype(DType::F64).unwrap() - b.to_dtype(DType::F64).unwrap()).unwrap();
+    let wide = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+    let difference = (wide(a) - wide(b)).unwrap();
     difference.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
@@ -41,7 +42,7 @@ fn recipe(folder: &Path, settings: &Value) -> Recipe {
         model: golden().join(settings["base"].as_str().unwrap()).display().to_string(),
         init_adapter: Some(folder.join("init").display().to_string()),
         data: data(folder.join("data.jsonl")),
-        device: "cpu".into(),
+        device: std::env::var("ESPALIER_TEST_DEVICE").unwrap_or_else(|_| "cpu".into()),
         dtype: "f32".into(),
         shuffle: false,
         max_steps: Some(count("steps")),
@@ -62,7 +63,7 @@ fn recipe(folder: &Path, settings: &Value) -> Recipe {
 fn logits(run: &Run, ids: &Tensor) -> Tensor {
     let rows = ids.to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
     let batch = TokenBatch::new(rows.concat(), rows.len(), rows[0].len()).unwrap();
-    run.model.forward(&batch, &Flow::eval()).unwrap().detach()
+    run.model.forward(&batch, &Flow::eval()).unwrap().detach().to_device(&Device::Cpu).unwrap()
 }
 
 /// The worst differences of one case: losses, norms, logits, adapter tensors.

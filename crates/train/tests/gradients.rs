@@ -77,6 +77,7 @@ fn gradients(s: &Setting, input: &(Batch, Targets), flow: &Flow, checkpointing: 
     let start = Start::of(&s.model, &s.parameters);
     let scale = 1.0 / input.1.weight() as f64;
     let loss = tape::accumulate(&s.model, &input.0, &input.1, flow, start, (scale, checkpointing), &mut sums).unwrap();
+    let loss = loss.value().unwrap();
     let all = sums.sums().iter().zip(s.parameters.trainable());
     let all = all.map(|(g, p)| g.clone().unwrap_or_else(|| panic!("no gradient reaches {}", p.name))).collect();
     (loss * scale, all)
@@ -213,7 +214,7 @@ fn gradients_add_up_over_passes() {
     let start = Start::of(&s.model, &s.parameters);
     let scale = 0.5 / input.1.weight() as f64;
     for _ in 0..2 {
-        tape::accumulate(&s.model, &input.0, &input.1, &flow, start, (scale, false), &mut sums).unwrap();
+        let _ = tape::accumulate(&s.model, &input.0, &input.1, &flow, start, (scale, false), &mut sums).unwrap();
     }
     let difference = (global_norm(sums.sums()).unwrap()
         - global_norm(&once.iter().cloned().map(Some).collect::<Vec<_>>()).unwrap())

@@ -15,7 +15,7 @@ const STEP: usize = 4;
 const STEP_OF_THREE: usize = 2;
 
 /// The number of an activation in `activation.cu`.
-fn number(activation: Activation) -> i32 {
+pub(crate) fn number(activation: Activation) -> i32 {
     match activation {
         Activation::Silu => 0,
         Activation::Gelu => 1,

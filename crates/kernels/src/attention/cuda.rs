@@ -1,10 +1,11 @@
 //! Attention of equal numbers of queries and keys on CUDA devices of compute capability 9: `cuda/kernels/attention.cu`.
 
 use super::{AttentionSpec, Dims, Segments};
-use crate::cuda::{Gpu, View, launch_with};
+use crate::cuda::rows::aligned;
+use crate::cuda::{Gpu, View, address, launch_with};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, sys};
-use candle_core::{Device, Result};
+use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
 use std::ffi::c_void;
 
@@ -19,6 +20,34 @@ pub(crate) fn supports(gpu: &Gpu, dims: &Dims, spec: &AttentionSpec) -> bool {
         && matches!(dims.d, 64 | 128)
         && spec.softcap.is_none()
         && i32::try_from(dims.b * dims.tq).is_ok()
+}
+
+/// [`super::attention`] of tensors off the tape; None where the kernels do not handle it.
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    dims: &Dims,
+    spec: &AttentionSpec,
+) -> Result<Option<Tensor>> {
+    let plain = |t: &&Tensor| t.device().is_cuda() && t.dtype() == DType::BF16 && !t.track_op();
+    let own = spec.segments.as_deref().is_none_or(|s| s.query == s.key);
+    if ![q, k, v].iter().all(plain) || !own || dims.b * dims.tq == 0 {
+        return Ok(None);
+    }
+    let gpu = Gpu::of(q.device())?;
+    if !supports(&gpu, dims, spec) {
+        return Ok(None);
+    }
+    let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+    let rows = |t: &Tensor, heads: usize| Ok::<_, candle_core::Error>(View::new(address::<bf16>(t)?, heads * dims.d));
+    let views = Views { q: rows(&q, dims.h)?, k: rows(&k, dims.kv)?, v: rows(&v, dims.kv)? };
+    if !aligned(&[views.q, views.k, views.v]) {
+        return Ok(None);
+    }
+    let out = gpu.tensor(gpu.alloc::<bf16>(q.elem_count())?, q.dims());
+    forward(&gpu, dims, spec, views, rows(&out, dims.h)?)?;
+    Ok(Some(out))
 }
 
 /// Queries, keys and values: rows of b * t, heads side by side in each.
@@ -40,7 +69,7 @@ struct Arguments {
 impl Arguments {
     fn of(gpu: &Gpu, dims: &Dims, spec: &AttentionSpec) -> Result<Self> {
         let segments = spec.segments.as_deref().map(|s| s.on(&Device::Cuda(gpu.device.clone()))).transpose()?;
-        let segments = segments.map(|s| crate::cuda::address::<u32>(&s)).transpose()?;
+        let segments = segments.map(|s| address::<u32>(&s)).transpose()?;
         let window = spec.window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX / 2).min(i32::MAX / 2));
         Ok(Self {
             causal: spec.causal,
@@ -53,11 +82,11 @@ impl Arguments {
 
 impl Segments {
     /// The ids of the queries on a device, uploaded once.
-    fn on(&self, device: &Device) -> Result<candle_core::Tensor> {
+    fn on(&self, device: &Device) -> Result<Tensor> {
         if let Some(ids) = self.uploaded.get().filter(|ids| ids.device().same_device(device)) {
             return Ok(ids.clone());
         }
-        let ids = candle_core::Tensor::from_slice(&self.query, self.query.len(), device)?;
+        let ids = Tensor::from_slice(&self.query, self.query.len(), device)?;
         let _ = self.uploaded.set(ids.clone());
         Ok(ids)
     }

@@ -125,6 +125,10 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
             k.dims()
         )
     }
+    #[cfg(feature = "cuda")]
+    if let Some(out) = cuda::attention(q, k, v, &dims, spec)? {
+        return Ok(out);
+    }
     if fused(q) {
         let op = cpu::Attention { spec: spec.clone(), log_sums: OnceLock::new() };
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)

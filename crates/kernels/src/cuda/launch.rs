@@ -73,7 +73,7 @@ impl From<Box<[u64]>> for Arg {
 }
 
 impl Arg {
-    fn pointer(&self) -> *mut c_void {
+    pub(super) fn pointer(&self) -> *mut c_void {
         match self {
             Self::Address(value) => (&raw const *value).cast_mut().cast(),
             Self::Int(value) => (&raw const *value).cast_mut().cast(),

@@ -3,6 +3,7 @@
 //! The kernels are in `cuda/kernels/*.cu`, one file per operation, compiled when the crate is. Everything runs in order on the
 //! one stream that candle uses for the device, so memory freed while a kernel still reads it is reused only after it.
 
+pub(crate) mod graph;
 mod launch;
 pub mod optimizer;
 pub(crate) mod product;

@@ -114,9 +114,9 @@ pub(crate) fn affine_backward(
     (rows, w): (usize, usize),
 ) -> Result<Partial> {
     blocks(Some(w), (rows, w))?;
-    // A block has 256 columns and 8 warps of STEP rows each; about a thousand blocks fill any device.
+    // A block has 256 columns and 8 warps of STEP rows each; about 500 blocks fill any device.
     let tiles = w.div_ceil(256);
-    let pieces = rows.div_ceil(8 * STEP).min(1024usize.div_ceil(tiles));
+    let pieces = rows.div_ceil(8 * STEP).min(512usize.div_ceil(tiles));
     let sums_of_pieces = Partial::new(gpu, pieces, w)?;
     let partial = sums_of_pieces.address();
     let name = if vectors(&[g, sums, below], w) { "rows_affine_backward" } else { "rows_affine_backward_scalar" };

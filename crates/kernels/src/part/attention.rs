@@ -65,7 +65,7 @@ impl AttentionPart {
         runs(self, x, parameters)
     }
 
-    pub(super) fn groups(&self) -> (Group<'_>, Group<'_>) {
+    pub(crate) fn groups(&self) -> (Group<'_>, Group<'_>) {
         groups(&self.inputs, &self.output)
     }
 

@@ -57,7 +57,7 @@ impl FeedForwardPart {
         runs(self, x, parameters)
     }
 
-    pub(super) fn groups(&self) -> (Group<'_>, Group<'_>) {
+    pub(crate) fn groups(&self) -> (Group<'_>, Group<'_>) {
         groups(&self.inputs, &self.output)
     }
 

@@ -13,24 +13,24 @@ use candle_core::{Result, Tensor};
 use std::ops::Range;
 
 /// Projections of one input, and where their factors lie in the flat parameters.
-pub(super) struct Group<'a> {
-    pub(super) members: &'a [Projection],
-    pub(super) d_in: usize,
+pub(crate) struct Group<'a> {
+    pub(crate) members: &'a [Projection],
+    pub(crate) d_in: usize,
     /// A of all members, one below the other: [ranks, d_in].
-    pub(super) a: Range<usize>,
-    pub(super) ranks: usize,
-    pub(super) places: Vec<Place>,
+    pub(crate) a: Range<usize>,
+    pub(crate) ranks: usize,
+    pub(crate) places: Vec<Place>,
     /// Where the parameters of the group end.
-    pub(super) end: usize,
+    pub(crate) end: usize,
 }
 
 /// The factors of one member.
-pub(super) struct Place {
+pub(crate) struct Place {
     /// First row of the member in A.
-    pub(super) row: usize,
-    pub(super) rank: usize,
-    pub(super) b: Range<usize>,
-    pub(super) gain: Option<Range<usize>>,
+    pub(crate) row: usize,
+    pub(crate) rank: usize,
+    pub(crate) b: Range<usize>,
+    pub(crate) gain: Option<Range<usize>>,
 }
 
 /// What a forward pass keeps.
@@ -47,7 +47,7 @@ fn values(bias: &Option<Tensor>) -> Result<Option<Vec<f32>>> {
 }
 
 /// The groups of a part: its inputs, and its projection back.
-pub(super) fn groups<'a>(inputs: &'a [Projection], output: &'a Projection) -> (Group<'a>, Group<'a>) {
+pub(crate) fn groups<'a>(inputs: &'a [Projection], output: &'a Projection) -> (Group<'a>, Group<'a>) {
     let inputs = Group::new(inputs, 0);
     let output = Group::new(std::slice::from_ref(output), inputs.end);
     (inputs, output)

@@ -13,7 +13,7 @@ mod attention;
 mod cuda;
 mod feed_forward;
 mod gain;
-mod group;
+pub(crate) mod group;
 mod node;
 pub mod reference;
 
@@ -68,11 +68,11 @@ impl Projection {
         self.low_rank.as_ref().is_some_and(|l| matches!(l.gain, Some(Gain::OverNorm { .. })))
     }
 
-    fn rank(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
         self.low_rank.as_ref().map_or(0, |l| l.rank)
     }
 
-    fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         self.low_rank.as_ref().map_or(1.0, |l| l.scale as f32)
     }
 }

@@ -6,10 +6,21 @@
 
 use crate::cuda::rows::{blocks, vectors};
 use crate::cuda::{Gpu, View, address, launch_with};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
+use half::bf16;
 
 /// Heads a thread turns.
 const HEADS: usize = 4;
+
+/// [`super::rope`] of x [b, t, heads, d] off the tape.
+pub(super) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (b, t, heads, d) = x.dims4()?;
+    let y = if x.is_contiguous() { x.copy()? } else { x.contiguous()? };
+    let (cos, sin) = (cos.to_dtype(DType::F32)?.contiguous()?, sin.to_dtype(DType::F32)?.contiguous()?);
+    let rows = View::new(address::<bf16>(&y)?, heads * d);
+    turn(&*Gpu::of(x.device())?, rows, (b * t, t, heads, d), &cos, &sin, false)?;
+    Ok(y)
+}
 
 /// Turns `heads` adjacent heads of head_dim values at the start of each row by the angles of cos and sin, or back. Row
 /// `i` of x is position i mod t of sequence i / t.

@@ -33,6 +33,10 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         bail!("rope: x is {:?}, expected a float type", x.dtype())
     }
     let (cos, sin) = (cos.detach(), sin.detach());
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && x.dtype() == DType::BF16 && !x.track_op() {
+        return cuda::rope(x, &cos, &sin);
+    }
     if fused(x) {
         let (cos, sin) = (cos.to_dtype(DType::F32)?.contiguous()?, sin.to_dtype(DType::F32)?.contiguous()?);
         x.contiguous()?.apply_op3(&cos, &sin, cpu::Rope { inverse: false })

@@ -28,15 +28,25 @@ pub(crate) fn batch(ids: &Tensor) -> TokenBatch {
 }
 
 pub(crate) fn load(folder: &Path) -> Model {
-    Model::load(folder, &LoadOptions::cpu()).unwrap()
+    Model::load(folder, &LoadOptions { device: device(), ..LoadOptions::cpu() }).unwrap()
+}
+
+/// The CPU, or what `ESPALIER_TEST_DEVICE` names (cuda:0).
+pub(crate) fn device() -> Device {
+    match std::env::var("ESPALIER_TEST_DEVICE") {
+        Ok(name) => Device::new_cuda(name.trim_start_matches("cuda:").parse().unwrap()).unwrap(),
+        Err(_) => Device::Cpu,
+    }
 }
 
 pub(crate) fn logits(model: &Model, ids: &Tensor) -> Tensor {
-    model.forward(&batch(ids), &Flow::eval()).unwrap().detach().to_dtype(DType::F32).unwrap()
+    let scores = model.forward(&batch(ids), &Flow::eval()).unwrap();
+    scores.detach().to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
 }
 
 pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
-    let d = (a.to_dtype(DType::F64).unwrap() - b.to_dtype(DType::F64).unwrap()).unwrap();
+    let wide = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+    let d = (wide(a) - wide(b)).unwrap();
     d.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
 }
