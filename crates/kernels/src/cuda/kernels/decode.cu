@@ -142,8 +142,9 @@ run(const Input &in, const float *u, int ranks, int most, const float *b, const 
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int outs = in.second ? ROWS / 2 : ROWS, tiles = (in.d_out + outs - 1) / outs;
-    // Every warp takes as many steps a tile, past the end too.
-    const int steps = ((in.d_in + CHUNK - 1) / CHUNK + WARPS - 1) / WARPS;
+    // Every warp takes as many steps a tile, past the end too, and two at a time.
+    const int steps = ((in.d_in + CHUNK - 1) / CHUNK + 2 * WARPS - 1) / (2 * WARPS) * 2;
+    const uint64_t policy = leave_first();
 
     // The weights of the step to be loaded next.
     int load_tile = blockIdx.x, load_step = 0;
@@ -156,8 +157,8 @@ run(const Input &in, const float *u, int ranks, int most, const float *b, const 
 #pragma unroll
         for (int s = 0; s < PIECES; s++) {
             const bool inside = column + s * 32 < in.d_in;
-            v[s][0] = load_once(p + s * 32, first && inside);
-            v[s][1] = load_once(q + s * 32, last && inside);
+            v[s][0] = load_once(p + s * 32, first && inside, policy);
+            v[s][1] = load_once(q + s * 32, last && inside, policy);
         }
         if (++load_step == steps) {
             load_step = 0;
@@ -256,26 +257,37 @@ run(const Input &in, const float *u, int ranks, int most, const float *b, const 
             }
         }
     };
-    // The sum of all warps for row r of the tile and row c of x, with what is beside W.
-    const auto value = [&](int tile, int r, int c) {
-        float sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < WARPS; i++) {
+    // The sum of all warps for row r of the tile and row c of x, with what is beside W: by `lanes` neighbouring threads.
+    const auto value = [&](int tile, int r, int c, int lanes) {
+        const int own = threadIdx.x % lanes, row = row_of(tile, r);
+        float sum = 0.f, beside = 0.f;
+        for (int i = own; i < WARPS; i += lanes) {
             sum += part[(i * 8 * N + c) * SUMS + r];
         }
-        const int row = row_of(tile, r);
         if (most > 0) {
             const int k = member_of(row);
             const float *left = bs + r * b_stride, *right = us + c * ranks + members.row[k];
-            float beside = 0.f;
-            for (int j = 0; j < members.rank[k]; j++) {
+#pragma unroll 4
+            for (int j = own; j < members.rank[k]; j += lanes) {
                 beside = fmaf(left[j], right[j], beside);
             }
-            sum = fmaf(beside, in.norm ? rstd[c] : 1.f, sum);
+        }
+        sum = fmaf(beside, in.norm ? rstd[c] : 1.f, sum);
+        for (int o = lanes / 2; o > 0; o /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, o);
         }
         sum *= gain ? __ldg(gain + row) : 1.f;
         return sum + (bias ? __ldg(bias + row) : 0.f);
     };
+    // Threads of one result where there are few: a power of two that a warp has.
+    const auto lanes_of = [](int results) {
+        int lanes = 1;
+        while (lanes < 32 && 2 * lanes * results <= THREADS) {
+            lanes *= 2;
+        }
+        return lanes;
+    };
+    const int lanes = lanes_of(outs * m), next_lanes = lanes_of(max(1, m * next));
     const auto finish = [&](int tile) {
         float *mine = part + warp * 8 * N * SUMS;
 #pragma unroll
@@ -288,13 +300,21 @@ run(const Input &in, const float *u, int ranks, int most, const float *b, const 
         }
         wait_for_copies();
         __syncthreads();
-        for (int i = threadIdx.x; i < outs * m; i += THREADS) {
+        // As many rounds for every thread: a result's threads add up together.
+        for (int base = 0; base < outs * m; base += THREADS / lanes) {
+            const int at = base + threadIdx.x / lanes, i = min(at, outs * m - 1);
             const int r = i % outs, c = i / outs, o = tile * outs + r;
-            float y = 0.f;
-            if (o < in.d_out) {
-                y = value(tile, r, c);
+            // Rows past the end are those of the last one, and are not written.
+            const int inside = min(r, in.d_out - 1 - tile * outs);
+            float y = value(tile, inside, c, lanes);
+            const float up = in.second ? value(tile, inside + 8, c, lanes) : 0.f;
+            if (at >= outs * m || threadIdx.x % lanes != 0) {
+                continue;
+            }
+            if (o >= in.d_out) {
+                y = 0.f;
+            } else {
                 if (in.second) {
-                    const float up = value(tile, r + 8, c);
                     by_kind(kind, [&](auto which) { y = act<decltype(which)::value>(y).value; });
                     y *= up;
                 }
@@ -312,43 +332,36 @@ run(const Input &in, const float *u, int ranks, int most, const float *b, const 
         __syncthreads();
         if (next > 0) {
             const int width = min(outs, in.d_out - tile * outs);
-            for (int i = threadIdx.x; i < m * next; i += THREADS) {
-                const int c = i / next, j = i - c * next;
+            for (int base = 0; base < m * next; base += THREADS / next_lanes) {
+                const int at = base + threadIdx.x / next_lanes, i = min(at, m * next - 1), c = i / next, j = i - c * next;
                 float sum = 0.f;
-                for (int r = 0; r < width; r++) {
+#pragma unroll 4
+                for (int r = threadIdx.x % next_lanes; r < width; r += next_lanes) {
                     sum = fmaf(as[j * ROWS + r], ys[c * ROWS + r], sum);
                 }
-                un[i] += sum;
+                for (int o = next_lanes / 2; o > 0; o /= 2) {
+                    sum += __shfl_xor_sync(0xffffffffu, sum, o);
+                }
+                if (at < m * next && threadIdx.x % next_lanes == 0) {
+                    un[i] += sum;
+                }
             }
             __syncthreads();
         }
     };
-    int tile = blockIdx.x, step = 0;
-    // Whether another tile follows.
-    const auto advance = [&]() {
-        if (++step < steps) {
-            return true;
+    // Each piece of code is there once: between two kernels of a step the weights have driven it out of the caches.
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        if (tile != blockIdx.x) {
+            begin(tile);
+        }
+#pragma unroll 1
+        for (int step = 0; step < steps; step += 2) {
+            multiply_step(even, step);
+            load(even);
+            multiply_step(odd, step + 1);
+            load(odd);
         }
         finish(tile);
-        step = 0;
-        tile += gridDim.x;
-        if (tile >= tiles) {
-            return false;
-        }
-        begin(tile);
-        return true;
-    };
-    for (;;) {
-        multiply_step(even, step);
-        load(even);
-        if (!advance()) {
-            break;
-        }
-        multiply_step(odd, step);
-        load(odd);
-        if (!advance()) {
-            break;
-        }
     }
     for (int i = threadIdx.x; i < m * next; i += THREADS) {
         atomicAdd(u_next + i, un[i]);
@@ -358,7 +371,8 @@ run(const Input &in, const float *u, int ranks, int most, const float *b, const 
 #define ROWS_KERNEL(name, n, staged, blocks)                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks) name(                                                    \
         const bf16 *w, int w_stride, int d_in, int d_out, int second, const bf16 *x, int x_stride, const float *norm,      \
-        float eps, const float *u, int ranks, int most, const float *b, Members members, const float *gain,                \
+        float eps, const float *u, int ranks, int most, const float *b, const __grid_constant__ Members members,           \
+        const float *gain,                                                                                                 \
         const float *bias, const bf16 *residual, bf16 *out, int out_stride, const float *a_next, float *u_next, int next,  \
         int kind, int m) {                                                                                                 \
         const Input in{w, w_stride, d_in, d_out, second, x, x_stride, norm, eps, m};                                       \

@@ -20,17 +20,24 @@ __device__ __forceinline__ void wait_for_results() {
 
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+/// What is read once leaves the second-level cache first: activations, factors and the kernels themselves stay there.
+__device__ __forceinline__ uint64_t leave_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 /// Sixteen bytes that are read once and never change, or zeros.
-__device__ __forceinline__ uint4 load_once(const void *p, bool wanted) {
+__device__ __forceinline__ uint4 load_once(const void *p, bool wanted, uint64_t policy) {
     uint4 v;
     asm volatile("{\n"
                  ".reg .pred wanted;\n"
                  "setp.ne.b32 wanted, %5, 0;\n"
                  "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-                 "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "@wanted ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6;\n"
                  "}"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p), "r"(static_cast<int>(wanted)));
+                 : "l"(p), "r"(static_cast<int>(wanted)), "l"(policy));
     return v;
 }
 
