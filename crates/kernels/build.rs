@@ -18,7 +18,8 @@ fn main() -> io::Result<()> {
         Some(home.join("bin/nvcc")).filter(|path| path.exists())
     });
     let nvcc = nvcc.unwrap_or_else(|| PathBuf::from("nvcc"));
-    let mut sources: Vec<PathBuf> = fs::read_dir("src/cuda/kernels")?.map(|f| Ok(f?.path())).collect::<io::Result<_>>()?;
+    let mut sources: Vec<PathBuf> =
+        fs::read_dir("src/cuda/kernels")?.map(|f| Ok(f?.path())).collect::<io::Result<_>>()?;
     sources.retain(|path| path.extension().is_some_and(|e| e == "cu"));
     sources.sort();
     let mut table = String::from("pub(crate) const IMAGES: &[(&str, &[u8])] = &[\n");

@@ -8,9 +8,9 @@ use espalier_kernels::norm;
 use espalier_kernels::part::{self, Factors, PartNorm, Projection};
 
 use crate::adapter::Adapter;
+pub use crate::embedding::{Embedding, TokenRows};
 use crate::low_rank::Gain;
 use crate::projected::Projected;
-pub use crate::embedding::{Embedding, TokenRows};
 use crate::{Error, Flow, Result};
 
 /// A small dense tensor (norm gain, bias) that stays frozen unless it is trained on purpose.

@@ -51,7 +51,10 @@ impl FlatParameters {
         }
         let device = parts.first().map(|p| p.device().clone());
         if let Some(other) = parts.iter().find(|p| device.as_ref().is_some_and(|d| !p.device().same_device(d))) {
-            return Err(Error::config("device", format!("parameters of one block are on {device:?} and {:?}", other.device())));
+            return Err(Error::config(
+                "device",
+                format!("parameters of one block are on {device:?} and {:?}", other.device()),
+            ));
         }
         Ok(if parts.is_empty() { None } else { Some(Self { parts }) })
     }

@@ -1,8 +1,8 @@
 //! Rows of a matrix by their places.
 
-use candle_core::{Result, Tensor};
 #[cfg(feature = "cuda")]
 use candle_core::DType;
+use candle_core::{Result, Tensor};
 
 /// `into` [n, h] plus `rows` [m, h] at the places `index` `[m]` (u32), all different and zero before. On a CUDA device the rows
 /// are written into the memory of `into` itself.

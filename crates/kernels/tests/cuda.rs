@@ -126,14 +126,8 @@ fn gradients_on(on: &Device, op: Op<'_>, inputs: &[Tensor]) -> (Tensor, Vec<Tens
 fn feed_forward_equals_its_reference() {
     let Some(on) = device() else { return };
     for shape in ["gate and up", "fused", "plain"] {
-        let kinds = [
-            ("plain", PLAIN),
-            ("lora", LORA),
-            ("gains", DORA),
-            ("dora", DORA),
-            ("biased", BIASED),
-            ("wide", WIDE),
-        ];
+        let kinds =
+            [("plain", PLAIN), ("lora", LORA), ("gains", DORA), ("dora", DORA), ("biased", BIASED), ("wide", WIDE)];
         for (name, kind) in kinds {
             for (b, t, h, ff) in [(2, 5, 24, 40), (1, 1, 64, 128), (3, 37, 64, 96), (2, 150, 128, 352)] {
                 let (part, flat) = feed(5, (h, ff), kind, shape);
@@ -141,7 +135,9 @@ fn feed_forward_equals_its_reference() {
                 let (mut cpu_inputs, mut inputs) = projections(&on, &part.inputs);
                 let (mut cpu_output, mut output) = projections(&on, std::slice::from_ref(&part.output));
                 if name == "dora" {
-                    [&mut cpu_inputs, &mut inputs, &mut cpu_output, &mut output].into_iter().for_each(|all| over_norms(all));
+                    [&mut cpu_inputs, &mut inputs, &mut cpu_output, &mut output]
+                        .into_iter()
+                        .for_each(|all| over_norms(all));
                 }
                 let with = |norm, inputs, output| {
                     Arc::new(FeedForwardPart { norm: Some(norm), inputs, output, ..(*part).clone() })
@@ -197,7 +193,9 @@ fn attention_equals_its_reference() {
                 let (mut cpu_inputs, mut inputs) = projections(&on, &part.inputs);
                 let (mut cpu_output, mut output) = projections(&on, std::slice::from_ref(&part.output));
                 if name == "dora" {
-                    [&mut cpu_inputs, &mut inputs, &mut cpu_output, &mut output].into_iter().for_each(|all| over_norms(all));
+                    [&mut cpu_inputs, &mut inputs, &mut cpu_output, &mut output]
+                        .into_iter()
+                        .for_each(|all| over_norms(all));
                 }
                 let with = |norm, inputs, output, rotary| {
                     Arc::new(AttentionPart { norm: Some(norm), inputs, output, rotary, ..(*part).clone() })
@@ -268,7 +266,8 @@ fn the_fused_loss_equals_its_reference() {
         let w = (randn(&mut rng(2), &[v, h], DType::F32) * 0.3).unwrap().to_dtype(DType::BF16).unwrap();
         let labels: Vec<u32> = (0..n).map(|i| ((i * 7919) % v) as u32).collect();
         let weight = Arc::new(FrozenWeight::dense(w.to_device(&on).unwrap()).unwrap());
-        let (y, g) = gradients_on(&on, &|i| linear_cross_entropy(&i[0], &weight, &labels), &[x.to_device(&on).unwrap()]);
+        let (y, g) =
+            gradients_on(&on, &|i| linear_cross_entropy(&i[0], &weight, &labels), &[x.to_device(&on).unwrap()]);
         let wide = w.to_dtype(DType::F64).unwrap();
         let plain = |i: &[Tensor]| loss::cross_entropy(&i[0].matmul(&wide.t()?)?, &labels, None);
         let (want, want_g) = value_and_gradients(&plain, &[x.to_dtype(DType::F64).unwrap()]);

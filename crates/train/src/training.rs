@@ -124,7 +124,15 @@ impl<'a> Training<'a> {
         for (part, (batch, targets)) in window.iter().enumerate() {
             let flow = Flow::train(recipe.seed, self.state.step as u64, part as u64);
             let how = (1.0 / weight as f64, recipe.checkpointing);
-            losses.push(tape::accumulate(&self.run.model, batch, targets, &flow, self.start, how, &mut self.gradients)?);
+            losses.push(tape::accumulate(
+                &self.run.model,
+                batch,
+                targets,
+                &flow,
+                self.start,
+                how,
+                &mut self.gradients,
+            )?);
             tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
         }
         // Read last: until here a device is only given work.

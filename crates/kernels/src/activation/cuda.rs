@@ -82,7 +82,8 @@ pub(crate) fn gated_forward(
     out: View,
     (rows, f): (usize, usize),
 ) -> Result<()> {
-    let name = if vectors(&[gate, up, out], f) { "activation_gated_forward" } else { "activation_gated_forward_scalar" };
+    let name =
+        if vectors(&[gate, up, out], f) { "activation_gated_forward" } else { "activation_gated_forward_scalar" };
     let grid = spread((rows, f), STEP)?;
     launch_with!(
         gpu,

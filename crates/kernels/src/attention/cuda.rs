@@ -106,8 +106,8 @@ pub(crate) fn forward(gpu: &Gpu, dims: &Dims, spec: &AttentionSpec, x: Views, ou
     let sums = gpu.address(&log_sums);
     let name = if d == 64 { "attention_forward_64" } else { "attention_forward_128" };
     launch_with!(
-        gpu, name, grid, map_q, map_k, map_v, out.at, out.stride, sums, t, a.padded, h, kv, spec.scale, a.causal, a.window,
-        a.segments
+        gpu, name, grid, map_q, map_k, map_v, out.at, out.stride, sums, t, a.padded, h, kv, spec.scale, a.causal,
+        a.window, a.segments
     )?;
     Ok(log_sums)
 }
@@ -138,8 +138,27 @@ pub(crate) fn backward(
     let grid = ((kv * b, t.div_ceil(KEYS), 1), 384, shared);
     let name = if d == 64 { "attention_backward_64" } else { "attention_backward_128" };
     launch_with!(
-        gpu, name, grid, map_q, map_k, map_v, map_g, sums, delta_at, dq_at, dx.k.at, dx.v.at, dx.k.stride, t, a.padded, h, kv,
-        spec.scale, a.causal, a.window, a.segments
+        gpu,
+        name,
+        grid,
+        map_q,
+        map_k,
+        map_v,
+        map_g,
+        sums,
+        delta_at,
+        dq_at,
+        dx.k.at,
+        dx.v.at,
+        dx.k.stride,
+        t,
+        a.padded,
+        h,
+        kv,
+        spec.scale,
+        a.causal,
+        a.window,
+        a.segments
     )?;
     let tiles = ((a.padded * d / 4096 * 2, h, b), 512, 0);
     launch_with!(gpu, "attention_dq", tiles, dq_at, dx.q.at, dx.q.stride, t, a.padded, h, d, spec.scale)
@@ -148,8 +167,9 @@ pub(crate) fn backward(
 /// A map over rows of [b, t, heads, d] that brings 64 values of one head for `rows` rows of a sequence.
 fn map(view: View, dims: &Dims, heads: usize, rows: usize) -> Result<sys::CUtensorMap> {
     use sys::{
-        CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Fill, CUtensorMapInterleave_enum as Interleave,
-        CUtensorMapL2promotion_enum as Promotion, CUtensorMapSwizzle_enum as Swizzle,
+        CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Fill,
+        CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
+        CUtensorMapSwizzle_enum as Swizzle,
     };
     let row = (view.stride * size_of::<bf16>()) as u64;
     let sizes = [dims.d, heads, dims.tq, dims.b].map(|n| n as u64);

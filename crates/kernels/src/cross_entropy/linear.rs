@@ -8,9 +8,9 @@ use crate::frozen::{FrozenWeight, with_operand};
 use crate::parallel::chunks;
 use crate::product::{Multiply, Term, multiply_into};
 use crate::vector::{exp_in_place, max, scale, sum_exp};
-use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use std::any::Any;
 use std::sync::{Arc, OnceLock};

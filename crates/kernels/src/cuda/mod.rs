@@ -13,7 +13,7 @@ pub(crate) use launch::{Arg, Grid, launch, launch_with};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::cuda_backend::{CudaDevice, CudaDType, DeviceId, WrapErr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, DeviceId, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, Device, Layout, Result, Storage, Tensor, bail};
 use half::bf16;

@@ -122,7 +122,19 @@ pub(crate) fn affine_backward(
     let name = if vectors(&[g, sums, below], w) { "rows_affine_backward" } else { "rows_affine_backward_scalar" };
     let grid = ((tiles, pieces, 1), 256, 0);
     launch_with!(
-        gpu, name, grid, g.at, g.stride, sums.at, sums.stride, gain, below.at, below.stride, partial, rows, w
+        gpu,
+        name,
+        grid,
+        g.at,
+        g.stride,
+        sums.at,
+        sums.stride,
+        gain,
+        below.at,
+        below.stride,
+        partial,
+        rows,
+        w
     )?;
     Ok(sums_of_pieces)
 }

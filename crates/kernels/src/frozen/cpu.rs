@@ -3,19 +3,19 @@
 //! Few rows (decoding): one dot product per output row, straight from the stored form. Else a product whose panels are
 //! unpacked from the stored form as they are needed, so that the matrix never exists in another type as a whole.
 
-use super::{Bordered, FrozenWeight};
 use super::gguf::Blocks;
 use super::int8::Int8;
 use super::nf4::Nf4;
+use super::{Bordered, FrozenWeight};
 use crate::element::{Element, by_dtype, cpu_slice, slice};
 use crate::parallel::{self, chunks};
 use crate::product::{
     FEW, Multiply, Right, Rows, Term, dots, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
 };
 use crate::vector::to_bf16;
-use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

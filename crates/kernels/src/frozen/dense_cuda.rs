@@ -1,7 +1,7 @@
 //! Dense weights on CUDA devices: their products, and laying them together.
 
-use super::bordered::{BORDER, Bordered, Whole};
 use super::FrozenWeight;
+use super::bordered::{BORDER, Bordered, Whole};
 use crate::cuda::product::{Operand, Out, multiply};
 use crate::cuda::{Gpu, View, address_of, launch_with, matrix, rows};
 use candle_core::{CudaStorage, DType, Device, Layout, Result, Shape, Tensor, bail};

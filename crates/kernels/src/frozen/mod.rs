@@ -9,9 +9,9 @@
 mod bordered;
 mod cpu;
 #[cfg(feature = "cuda")]
-mod dense_cuda;
-#[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod dense_cuda;
 mod gguf;
 mod int8;
 mod nf4;

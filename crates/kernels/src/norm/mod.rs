@@ -39,7 +39,12 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f64) -> Result<Te
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() && x.dtype() == DType::BF16 && !weight.track_op() {
         let kind = cuda::Kind::Rms { offset };
-        return x.contiguous()?.apply_op1(frozen_cuda::FrozenNorm { kind, weight: weight.contiguous()?, bias: None, eps });
+        return x.contiguous()?.apply_op1(frozen_cuda::FrozenNorm {
+            kind,
+            weight: weight.contiguous()?,
+            bias: None,
+            eps,
+        });
     }
     if fused(x) {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;

@@ -9,10 +9,10 @@ use super::cuda::{BackOn, Flat, Rows};
 use super::group::{Group, Kept, groups};
 use super::node::{Back, Node, Part, apply, node, runs};
 use super::{PartNorm, Projection, finish, join, normed, reference, split};
-#[cfg(feature = "cuda")]
-use crate::cuda::{Gpu, View};
 use crate::attention::cpu::{gradients, run};
 use crate::attention::{AttentionSpec, Dims};
+#[cfg(feature = "cuda")]
+use crate::cuda::{Gpu, View};
 use crate::element::Element;
 use crate::product::Multiply;
 use crate::rope::cpu::turn;

@@ -10,9 +10,9 @@ use super::group::{Group, Kept, groups};
 use super::node::{Back, Node, Part, apply, node, runs};
 use super::{PartNorm, Projection, finish, join, normed, reference, split};
 use crate::activation::Activation;
+use crate::activation::cpu::{activated, activated_gradient, gated_forward, gated_gradients};
 #[cfg(feature = "cuda")]
 use crate::cuda::{Gpu, View};
-use crate::activation::cpu::{activated, activated_gradient, gated_forward, gated_gradients};
 use crate::product::Multiply;
 use candle_core::{Result, Tensor, bail};
 use std::sync::Arc;

@@ -8,9 +8,9 @@ use crate::cuda::{Gpu, View, address, address_of};
 use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
 use crate::product::Multiply;
 use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaStorage, Device};
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 #[cfg(feature = "cuda")]
 use half::bf16;
 use std::any::Any;

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use espalier_kernels::activation::Activation;
 use espalier_kernels::attention::AttentionSpec;
 use espalier_kernels::frozen::FrozenWeight;
-use espalier_kernels::part::{AttentionPart, Factors, Gain, FeedForwardPart, PartNorm, Projection};
+use espalier_kernels::part::{AttentionPart, Factors, FeedForwardPart, Gain, PartNorm, Projection};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
@@ -29,7 +29,11 @@ pub(crate) fn projection(r: &mut ChaCha8Rng, d_out: usize, d_in: usize, kind: Ki
     Projection {
         weight: Arc::new(FrozenWeight::dense(w).unwrap()),
         bias: kind.bias.then(|| randn(r, &[d_out], DType::F32)),
-        low_rank: (kind.rank > 0).then_some(Factors { rank: kind.rank, scale: 0.7, gain: kind.gain.then_some(Gain::Given) }),
+        low_rank: (kind.rank > 0).then_some(Factors {
+            rank: kind.rank,
+            scale: 0.7,
+            gain: kind.gain.then_some(Gain::Given),
+        }),
     }
 }
 

@@ -5,8 +5,8 @@ use crate::cuda::product::{Operand, Out, multiply};
 use crate::cuda::rows::{Gains, Partial};
 use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
 use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
-use crate::part::{Gain, Projection};
 use crate::part::group::Group;
+use crate::part::{Gain, Projection};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
@@ -119,7 +119,9 @@ impl Group<'_> {
             }
             found = Some(whole);
         }
-        found.filter(|whole| whole.d_out == self.d_out() && (1..=BORDER).contains(&self.ranks) && self.members.len() <= 3)
+        found.filter(|whole| {
+            whole.d_out == self.d_out() && (1..=BORDER).contains(&self.ranks) && self.members.len() <= 3
+        })
     }
 
     /// The gains of the members that have one; those over a norm are computed, one after the other in memory.
@@ -134,7 +136,8 @@ impl Group<'_> {
         let cross = gpu.alloc::<f32>((d_out + ranks) * ranks)?;
         let cross_at = gpu.address(&cross);
         let times_a = |rows: usize, left: View, to: usize| {
-            let (a, to) = (flat.matrix(self.a.start, self.d_in), Out::F32 { at: value(cross_at, to * ranks), stride: ranks });
+            let (a, to) =
+                (flat.matrix(self.a.start, self.d_in), Out::F32 { at: value(cross_at, to * ranks), stride: ranks });
             multiply(gpu, (rows, ranks, self.d_in), plain(left), transposed(a), to, None, 1.0)
         };
         match self.whole() {
@@ -162,7 +165,21 @@ impl Group<'_> {
             let (b, scale) = (flat.exact(place.b.start), member.scale());
             let grid = ((outputs.div_ceil(8), 1, 1), 256, 8 * rank * size_of::<f32>());
             launch_with!(
-                gpu, "low_rank_gain", grid, cross, ranks, gram, ranks, b, scale, square, magnitude, to, slopes, outputs, rank
+                gpu,
+                "low_rank_gain",
+                grid,
+                cross,
+                ranks,
+                gram,
+                ranks,
+                b,
+                scale,
+                square,
+                magnitude,
+                to,
+                slopes,
+                outputs,
+                rank
             )?;
             *gain = Some(Gains { values: to, slopes });
         }
@@ -242,7 +259,8 @@ impl Group<'_> {
             }
         }
         let kept = KeptOn { inner, sums, gains, _held: held };
-        let plain_outputs = self.members.iter().all(|m| m.bias.is_none()) && (residual.is_none() || self.members.len() == 1);
+        let plain_outputs =
+            self.members.iter().all(|m| m.bias.is_none()) && (residual.is_none() || self.members.len() == 1);
         if let (Some(gain), true, true) = (kept.joined(self), plain_outputs, kept.sums.is_some()) {
             rows::affine(gpu, to, Some(gain), None, residual, out, (n, self.d_out()))?;
             return Ok(kept);
