@@ -219,3 +219,22 @@ fn wrong_inputs_are_named() {
     let spec = AttentionSpec { segments: Some(short), ..plain(4) };
     assert!(message(attention(&x[0], &x[1], &x[2], &spec)).contains("2 query"));
 }
+
+#[test]
+fn keys_in_a_longer_cache_give_the_bits_of_copied_ones() {
+    let (b, kv, d, room) = (3, 2, 8, 40);
+    for dtype in FUSED {
+        let (keys, values) =
+            (randn(&mut rng(1), &[b, room, kv, d], dtype), randn(&mut rng(2), &[b, room, kv, d], dtype));
+        for (tq, tk) in [(1, 1), (1, 39), (5, 12), (33, 33)] {
+            let q = randn(&mut rng(3), &[b, tq, 4, d], dtype);
+            for window in [None, Some(7)] {
+                let spec = AttentionSpec { scale: 0.3, causal: true, window, ..AttentionSpec::default() };
+                let [k, v] = [&keys, &values].map(|t| t.narrow(1, 0, tk).unwrap());
+                let there = attention(&q, &k, &v, &spec).unwrap();
+                let copied = attention(&q, &k.contiguous().unwrap(), &v.contiguous().unwrap(), &spec).unwrap();
+                assert_eq!(bits(&there), bits(&copied), "{dtype:?} {tq} of {tk}, window {window:?}");
+            }
+        }
+    }
+}

@@ -66,7 +66,7 @@ pub(super) fn backward<T: Element>(
     saved: &Saved<'_, T>,
     want: Want,
 ) -> Gradients<T> {
-    let Dims { b, tq, tk, h, kv, d, dv } = *dims;
+    let Dims { b, tq, tk, h, kv, d, dv, .. } = *dims;
     let rules = Rules::new(*dims, spec);
     let heads = parallel::map(b * kv, b * tq * tk * h * (d + dv) / 16, |i| {
         head_gradients(dims, spec, &rules, saved, want, i / kv, i % kv)

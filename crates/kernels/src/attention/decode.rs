@@ -21,7 +21,7 @@ struct Partial {
 
 /// Output [b, 1, h, dv] and ln-sums [b, 1, h].
 pub(super) fn forward<T: Element>(dims: &Dims, spec: &AttentionSpec, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, Vec<f32>) {
-    let Dims { b, tk, h, kv, d, dv, .. } = *dims;
+    let Dims { b, tk, room, h, kv, d, dv, .. } = *dims;
     let group = dims.group();
     let rules = Rules::new(*dims, spec);
     let span = rules.range(0);
@@ -37,7 +37,7 @@ pub(super) fn forward<T: Element>(dims: &Dims, spec: &AttentionSpec, q: &[T], k:
         let mut scratch = T::scratch(d.max(dv));
         let seen: Vec<bool> = keys.clone().map(|j| rules.sees(at, 0, j)).collect();
         for (i, j) in keys.clone().enumerate().filter(|(i, _)| seen[*i]) {
-            let key = T::view(&k[((at * tk + j) * kv + head) * d..][..d], &mut scratch);
+            let key = T::view(&k[((at * room + j) * kv + head) * d..][..d], &mut scratch);
             for (g, q) in sq.chunks(d).enumerate() {
                 scores[g * n + i] = spec.scale as f32 * dot(q, key);
             }
@@ -57,7 +57,7 @@ pub(super) fn forward<T: Element>(dims: &Dims, spec: &AttentionSpec, q: &[T], k:
             .collect();
         let mut values = vec![0f32; group * dv];
         for (i, j) in keys.enumerate().filter(|(i, _)| seen[*i]) {
-            let value = T::view(&v[((at * tk + j) * kv + head) * dv..][..dv], &mut scratch);
+            let value = T::view(&v[((at * room + j) * kv + head) * dv..][..dv], &mut scratch);
             for (g, o) in values.chunks_mut(dv).enumerate() {
                 axpy(scores[g * n + i], value, o);
             }

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 /// Output [b, tq, h, dv] and ln-sums [b, tq, h].
 pub(super) fn forward<T: Element>(dims: &Dims, spec: &AttentionSpec, q: &[T], k: &[T], v: &[T]) -> (Vec<T>, Vec<f32>) {
-    let Dims { b, tq, tk, h, kv, d, dv } = *dims;
+    let Dims { b, tq, tk, room, h, kv, d, dv } = *dims;
     let mut out = zeros::<T>(b * tq * h * dv);
     let mut log_sums = vec![f32::INFINITY; b * tq * h];
     let rules = Rules::new(*dims, spec);
@@ -35,8 +35,8 @@ pub(super) fn forward<T: Element>(dims: &Dims, spec: &AttentionSpec, q: &[T], k:
     parallel::chunks(&mut panels, tk * (d + dv), work, |i, panel| {
         let (keys, values) = panel.split_at_mut(tk * d);
         let (at, head) = (i / kv, i % kv);
-        pack_transposed(&k[(at * tk * kv + head) * d..], kv * d, d, tk, keys);
-        pack(&v[(at * tk * kv + head) * dv..], kv * dv, dv, tk, values);
+        pack_transposed(&k[(at * room * kv + head) * d..], kv * d, d, tk, keys);
+        pack(&v[(at * room * kv + head) * dv..], kv * dv, dv, tk, values);
     });
     parallel::tasks(pieces, b * tq * tk * h * (d + dv) / 16, |(at, first, out, log_sums)| {
         let queries = first..first + log_sums.len() / h;

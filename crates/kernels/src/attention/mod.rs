@@ -72,6 +72,8 @@ pub(crate) struct Dims {
     pub(crate) b: usize,
     pub(crate) tq: usize,
     pub(crate) tk: usize,
+    /// Places that a sequence's keys have in memory, tk of them in use: more in a cache that will grow.
+    pub(crate) room: usize,
     pub(crate) h: usize,
     pub(crate) kv: usize,
     pub(crate) d: usize,
@@ -88,7 +90,7 @@ impl Dims {
         let (&[b, tq, h, d], &[kb, tk, kv, kd], &[vb, vt, vkv, dv]) = (q, k, v) else { return None };
         let fits =
             kb == b && vb == b && kd == d && vt == tk && vkv == kv && kv > 0 && h > 0 && h % kv == 0 && d > 0 && dv > 0;
-        fits.then_some(Self { b, tq, tk, h, kv, d, dv })
+        fits.then_some(Self { b, tq, tk, room: tk, h, kv, d, dv })
     }
 }
 
@@ -131,6 +133,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     }
     if fused(q) {
         let op = cpu::Attention { spec: spec.clone(), log_sums: OnceLock::new() };
+        // The first places of a cache are read where they are.
+        let in_cache = |t: &Tensor| !t.track_op() && cpu::room(t.layout()).is_some();
+        if in_cache(k) && in_cache(v) && !q.track_op() {
+            return q.contiguous()?.apply_op3_no_bwd(k, v, &op);
+        }
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
     } else {
         reference::attention(q, k, v, spec)

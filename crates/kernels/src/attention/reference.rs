@@ -23,7 +23,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     let Some(dims) = Dims::of(q.dims(), k.dims(), v.dims()) else {
         bail!("attention: shapes q {:?}, k {:?}, v {:?} do not fit", q.dims(), k.dims(), v.dims())
     };
-    let Dims { b, tq, tk, h, kv, d, dv } = dims;
+    let Dims { b, tq, tk, h, kv, d, dv, .. } = dims;
     let dtype = q.dtype();
     if b * tq == 0 || tk == 0 {
         return Tensor::zeros((b, tq, h, dv), dtype, q.device());

@@ -75,7 +75,7 @@ impl AttentionPart {
 
     pub(super) fn dims(&self, (b, t): (usize, usize)) -> Dims {
         let (h, kv, d) = (self.heads, self.kv_heads, self.head_dim);
-        Dims { b, tq: t, tk: t, h, kv, d, dv: d }
+        Dims { b, tq: t, tk: t, room: t, h, kv, d, dv: d }
     }
 
     /// Turns queries and keys by their positions, or back.
