@@ -202,8 +202,8 @@ fn attention_of_one_token_equals_its_reference() {
                 let got = attention(&there, heads, &seen, (scale, window), next).unwrap();
                 let spec = AttentionSpec { scale, causal: true, window, ..AttentionSpec::default() };
                 let mut want = Vec::new();
-                for row in 0..m {
-                    let first = padding[row] as usize;
+                for (row, first) in padding.iter().enumerate() {
+                    let first = *first as usize;
                     let new = wide(&qkv).narrow(0, row, 1).unwrap();
                     let part = |from: usize, count: usize| {
                         new.narrow(1, from * d, count * d).unwrap().reshape((1, 1, count, d)).unwrap()

@@ -152,8 +152,7 @@ pub(crate) fn gained_backward(
     (gate, up): (View, View),
     (gains, d_gains): ([Gains; 2], [u64; 2]),
     d_inner: View,
-    (d_gate, d_up): (View, View),
-    inner: View,
+    (d_gate, d_up, inner): (View, View, View),
     (rows, f): (usize, usize),
 ) -> Result<()> {
     if rows == 0 || f == 0 {

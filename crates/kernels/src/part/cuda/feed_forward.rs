@@ -73,7 +73,8 @@ impl FeedForwardPart {
                 let place = |i: usize| inputs.places[i].gain.as_ref().map(|g| g.start);
                 let d_gain = |i| d_parameters.zip(place(i)).map_or(0, |(d, at)| d + (at * size_of::<f32>()) as u64);
                 let gains = ([saved.inputs.gain(0), saved.inputs.gain(1)], [d_gain(0), d_gain(1)]);
-                gained_backward(gpu, self.activation, ins, gains, d_rows.view(), outs, inner.view(), (n, width))?;
+                let outs = (outs.0, outs.1, inner.view());
+                gained_backward(gpu, self.activation, ins, gains, d_rows.view(), outs, (n, width))?;
             } else {
                 gated_backward(gpu, self.activation, ins, d_rows.view(), outs, inner.view(), (n, width))?;
             }

@@ -13,6 +13,9 @@ use half::bf16;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
+/// The gain of each member that has one.
+type MemberGains = Vec<Option<Gains>>;
+
 /// What a forward pass keeps.
 pub(in crate::part) struct KeptOn {
     /// A x of all members, [n, ranks].
@@ -20,8 +23,8 @@ pub(in crate::part) struct KeptOn {
     /// The sums of all members side by side, before their gains, if one has a gain.
     sums: Option<Rows>,
     /// The gains of the members that have one, and what holds those that were computed.
-    gains: Vec<Option<Gains>>,
-    _held: Vec<CudaSlice<f32>>,
+    gains: MemberGains,
+    _held: Option<CudaSlice<f32>>,
 }
 
 impl KeptOn {
@@ -125,11 +128,11 @@ impl Group<'_> {
     }
 
     /// The gains of the members that have one; those over a norm are computed, one after the other in memory.
-    fn gains(&self, gpu: &Gpu, flat: &Flat) -> Result<(Vec<Option<Gains>>, Vec<CudaSlice<f32>>)> {
+    fn gains(&self, gpu: &Gpu, flat: &Flat) -> Result<(MemberGains, Option<CudaSlice<f32>>)> {
         let given = |at: &Range<usize>| Gains { values: flat.exact(at.start), slopes: 0 };
         let mut gains: Vec<_> = self.places.iter().map(|p| p.gain.as_ref().map(given)).collect();
         if !self.members.iter().any(Projection::needs_norms) {
-            return Ok((gains, Vec::new()));
+            return Ok((gains, None));
         }
         let (d_out, ranks) = (self.d_out(), self.ranks);
         // W A^T of all members and, below it, A A^T.
@@ -183,7 +186,7 @@ impl Group<'_> {
             )?;
             *gain = Some(Gains { values: to, slopes });
         }
-        Ok((gains, vec![both]))
+        Ok((gains, Some(both)))
     }
 
     /// Launches `product` with the factors in the border of `whole`.
