@@ -151,7 +151,11 @@ enum Kept {
 /// A summed loss that a device may still be computing.
 #[derive(Debug, Clone)]
 #[must_use]
-pub struct Loss(Option<Tensor>);
+pub struct Loss {
+    sum: Option<Tensor>,
+    /// Blocks gone back through operation by operation, and all.
+    pub taped: (usize, usize),
+}
 
 impl Loss {
     /// Its value; waits for the device.
@@ -159,7 +163,7 @@ impl Loss {
     /// # Errors
     /// If the device failed.
     pub fn value(&self) -> Result<f64> {
-        Ok(match &self.0 {
+        Ok(match &self.sum {
             Some(loss) => loss.to_scalar::<f64>()?,
             None => 0.0,
         })
@@ -208,6 +212,7 @@ pub fn accumulate(
     }
     let needs_blocks = !saved.is_empty() || start == Start::Embeddings;
     let (loss, mut dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
+    let (mut taped, recorded) = (0, saved.len());
     for (i, kept) in saved.into_iter().enumerate().rev() {
         let Some(upstream) = dx else { break };
         let way = match kept {
@@ -217,7 +222,10 @@ pub fn accumulate(
         // Below the first recorded block nothing is trained.
         let wanted = i > 0 || start == Start::Embeddings;
         dx = match way {
-            Record::Tape(leaf, y) => gradients.add(&seed(&y, upstream)?, Some(leaf.as_tensor()))?,
+            Record::Tape(leaf, y) => {
+                taped += 1;
+                gradients.add(&seed(&y, upstream)?, Some(leaf.as_tensor()))?
+            }
             Record::Pass(pass) => {
                 let (dx, parameters) = pass.backward(&upstream, wanted)?;
                 for (flat, gradient) in parameters {
@@ -230,7 +238,7 @@ pub fn accumulate(
     if let (Start::Embeddings, Some(upstream)) = (start, dx) {
         gradients.add(&seed(&embedded, upstream)?, None)?;
     }
-    Ok(Loss(loss))
+    Ok(Loss { sum: loss, taped: (taped, recorded) })
 }
 
 /// A scalar whose gradient for `y` is `upstream`; its value means nothing.

@@ -135,6 +135,14 @@ impl<'a> Training<'a> {
             )?);
             tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
         }
+        if let (None, (taped @ 1.., all)) = (self.first_step_s, losses.first().map_or((0, 0), |l| l.taped))
+            && !self.run.model.device().is_cpu()
+        {
+            observer.notice(&format!(
+                "{taped} of {all} blocks run operation by operation on this device, many times slower than through its kernels: \
+                 these take bf16, heads of 64 or 128 and norms before the blocks, on compute capability 9"
+            ));
+        }
         // Read last: until here a device is only given work.
         let loss = losses.iter().map(tape::Loss::value).sum::<Result<f64>>()? / weight as f64;
         self.finite("the loss", loss)?;
