@@ -133,7 +133,7 @@ def table(record):
 
 
 def render():
-    records = [json.loads(path.read_text()) for path in sorted(RUNS.glob("c*.json"))]
+    records = [record for path in sorted(RUNS.glob("*.json")) if "workload" in (record := json.loads(path.read_text()))]
     text = DOC.read_text()
     begin, end = "<!-- tables of bench/compare.py -->", "<!-- end of tables -->"
     before, rest = text.split(begin)
