@@ -85,6 +85,7 @@ fn agree(
     x: &Tensor,
     flat: &Tensor,
     kernel: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
+    cpu: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
     plain: impl Fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>,
 ) {
     let there = [x.to_device(on).unwrap(), flat.to_device(on).unwrap()];
@@ -95,19 +96,22 @@ fn agree(
     close(what, &y, &want, tolerance);
     close(&format!("{what}, dx"), &grads[0], &want_grads[0], 2.0 * tolerance);
     close(&format!("{what}, parameters"), &grads[1], &want_grads[1], 2.0 * tolerance);
-    // Single entries may be off by roundings; on the whole they must not be.
-    mean_close(what, &y, &want);
-    mean_close(&format!("{what}, dx"), &grads[0], &want_grads[0]);
-    mean_close(&format!("{what}, parameters"), &grads[1], &want_grads[1]);
+    // Single entries may be off by roundings; on the whole not by more than the CPU's bf16 kernels, which keep scores and their
+    // slopes in f32 where the device rounds them too.
+    let (rounded, rounded_grads) = value_and_gradients(&|i| cpu(&i[0], &i[1]), &[x.clone(), flat.clone()]);
+    mean_close(what, &y, &want, &rounded);
+    mean_close(&format!("{what}, dx"), &grads[0], &want_grads[0], &rounded_grads[0]);
+    mean_close(&format!("{what}, parameters"), &grads[1], &want_grads[1], &rounded_grads[1]);
 }
 
-/// Root mean square of the difference below 3 % of that of `b`.
-fn mean_close(what: &str, a: &Tensor, b: &Tensor) {
-    let (a, b) = (flat(a), flat(b));
-    let off: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
-    let size: f64 = b.iter().map(|b| b * b).sum();
-    let tokens_without_gradient = size < 1e-8 * b.len() as f64;
-    assert!(tokens_without_gradient || off <= 0.03f64.powi(2) * size, "{what}: {} of {}", off.sqrt(), size.sqrt());
+/// Root mean square of a - b within 2.5 times that of rounded - b, or 0.5 % of that of b (three roundings to bf16).
+fn mean_close(what: &str, a: &Tensor, b: &Tensor, rounded: &Tensor) {
+    let (a, b, rounded) = (flat(a), flat(b), flat(rounded));
+    let off = |x: &[f64]| x.iter().zip(&b).map(|(x, b)| (x - b).powi(2)).sum::<f64>().sqrt();
+    let size = b.iter().map(|b| b * b).sum::<f64>().sqrt();
+    // What is zero exactly may be of the size of a rounding.
+    let allowed = (2.5 * off(&rounded)).max(0.005 * size).max(1e-4 * (b.len() as f64).sqrt());
+    assert!(off(&a) <= allowed, "{what}: {} of {size}, the CPU's {}", off(&a), off(&rounded));
 }
 
 /// As `value_and_gradients`, with the same random weights of the sum on a device.
@@ -152,6 +156,7 @@ fn feed_forward_equals_its_reference() {
                     &x,
                     &flat,
                     |x, p| feed_forward_part(x, Some(p), &there),
+                    |x, p| feed_forward_part(x, Some(p), &cpu),
                     |x, p| reference::feed_forward_part(x, p, &cpu),
                 );
             }
@@ -212,6 +217,7 @@ fn attention_equals_its_reference() {
                     &x,
                     &flat,
                     |x, p| attention_part(x, Some(p), &there),
+                    |x, p| attention_part(x, Some(p), &cpu),
                     |x, p| reference::attention_part(x, p, &cpu),
                 );
             }

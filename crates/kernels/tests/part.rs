@@ -5,7 +5,9 @@ use candle_core::{DType, Tensor};
 use common::parts::*;
 use common::*;
 use espalier_kernels::attention::{AttentionSpec, Segments};
-use espalier_kernels::part::{AttentionPart, FeedForwardPart, attention_part, feed_forward_part, reference};
+use espalier_kernels::part::{
+    AttentionPart, Factors, FeedForwardPart, Gain, Projection, attention_part, feed_forward_part, reference,
+};
 use std::sync::Arc;
 
 /// Fused against the reference in f64, in the value and in the gradients of x and of the parameters.
@@ -193,6 +195,9 @@ fn no_rows_and_wrong_shapes() {
     let (part, flat) = attend(1, (2, 1, 4), LORA, false, 3, spec);
     let longer = randn(&mut rng(1), &[1, 4, 8], DType::F32);
     assert!(attention_part(&longer, Some(&flat), &part).unwrap_err().to_string().contains("cos"));
+    let short = Some(Arc::new(Segments::new(vec![0; 2], vec![0; 2], 1)));
+    let few = AttentionPart { spec: AttentionSpec { segments: short, ..part.spec.clone() }, ..(*part).clone() };
+    assert!(attention_part(&x, Some(&flat), &Arc::new(few)).unwrap_err().to_string().contains("2 query"));
     let wrong = Arc::new(AttentionPart { heads: 4, ..(*part).clone() });
     assert!(attention_part(&x, Some(&flat), &wrong).unwrap_err().to_string().contains("outputs"));
 }
@@ -211,5 +216,50 @@ fn every_instruction_set_passes_these_tests() {
         let run =
             std::process::Command::new(std::env::current_exe().unwrap()).env("ESPALIER_SIMD", level).output().unwrap();
         assert!(run.status.success(), "{level}:\n{}", String::from_utf8_lossy(&run.stdout));
+    }
+}
+
+#[test]
+fn gains_over_norms_are_gains_of_that_value() {
+    for dtype in FUSED {
+        let (part, flat) = feed(5, (24, 40), DORA, "gate and up");
+        let over = |p: &Projection| {
+            let square = p.weight.row_squares().unwrap().to_dtype(DType::F32).unwrap();
+            let low_rank = p.low_rank.clone().map(|f| Factors { gain: Some(Gain::OverNorm { square }), ..f });
+            Projection { low_rank, ..p.clone() }
+        };
+        let normed = Arc::new(FeedForwardPart {
+            inputs: part.inputs.iter().map(over).collect(),
+            output: over(&part.output),
+            ..(*part).clone()
+        });
+        // The flat vector with each magnitude over the norm of its row of W + s B A.
+        let (mut values, mut start) = (common::flat(&flat), 0);
+        for group in [&part.inputs[..], std::slice::from_ref(&part.output)] {
+            let d_in = group[0].weight.d_in();
+            let (first, ranks) = (start, DORA.rank * group.len());
+            start += ranks * d_in;
+            for (i, p) in group.iter().enumerate() {
+                let (d_out, s) = (p.weight.d_out(), p.low_rank.as_ref().unwrap().scale);
+                let w = common::flat(p.weight.as_dense().unwrap());
+                let (a, b) = (first + i * DORA.rank * d_in, start);
+                let gains = b + d_out * DORA.rank;
+                for o in 0..d_out {
+                    let entry = |j: usize| {
+                        let product = |r| values[b + o * DORA.rank + r] * values[a + r * d_in + j];
+                        w[o * d_in + j] + s * (0..DORA.rank).map(product).sum::<f64>()
+                    };
+                    let norm = (0..d_in).map(|j| entry(j).powi(2)).sum::<f64>().sqrt();
+                    values[gains + o] /= norm;
+                }
+                start = gains + d_out;
+            }
+        }
+        let divided = Tensor::new(values, flat.device()).unwrap().to_dtype(DType::F32).unwrap();
+        let x = randn(&mut rng(9), &[2, 5, 24], dtype);
+        assert!(!normed.is_fused(&x, &[]).unwrap());
+        let got = feed_forward_part(&x, Some(&flat), &normed).unwrap();
+        let want = feed_forward_part(&x, Some(&divided), &part).unwrap();
+        close(&format!("{dtype:?}"), &got, &want, 6.0 * rounding(dtype));
     }
 }
