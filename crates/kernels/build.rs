@@ -9,7 +9,7 @@ fn main() -> io::Result<()> {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return Ok(());
     }
-    println!("cargo:rerun-if-changed=src/cuda");
+    println!("cargo:rerun-if-changed=src/cuda/kernels");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rerun-if-env-changed=NVCC");
     let out = PathBuf::from(env::var("OUT_DIR").map_err(io::Error::other)?);

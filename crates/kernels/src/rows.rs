@@ -51,7 +51,7 @@ pub fn concatenate(parts: &[Tensor]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(first) = parts.first()
         && parts.len() <= 32
-        && parts.iter().all(|p| crate::cuda::optimizer::takes(p) && p.device().same_device(first.device()))
+        && parts.iter().all(|p| crate::cuda::is_flat(p) && p.device().same_device(first.device()))
     {
         let gpu = crate::cuda::Gpu::of(first.device())?;
         // Addresses, then where each part begins; those that are not there begin at the end.

@@ -19,6 +19,7 @@ pub(crate) fn supports(gpu: &Gpu, dims: &Dims, spec: &AttentionSpec) -> bool {
         && dims.d == dims.dv
         && matches!(dims.d, 64 | 128)
         && spec.softcap.is_none()
+        && spec.segments.as_deref().is_none_or(|s| s.query == s.key)
         && i32::try_from(dims.b * dims.tq).is_ok()
 }
 
@@ -31,8 +32,7 @@ pub(super) fn attention(
     spec: &AttentionSpec,
 ) -> Result<Option<Tensor>> {
     let plain = |t: &&Tensor| t.device().is_cuda() && t.dtype() == DType::BF16 && !t.track_op();
-    let own = spec.segments.as_deref().is_none_or(|s| s.query == s.key);
-    if ![q, k, v].iter().all(plain) || !own || dims.b * dims.tq == 0 {
+    if ![q, k, v].iter().all(plain) || dims.b * dims.tq == 0 {
         return Ok(None);
     }
     let gpu = Gpu::of(q.device())?;

@@ -15,7 +15,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, CudaSl
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, DeviceId, WrapErr};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, Device, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 use half::bf16;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
@@ -84,9 +84,8 @@ impl Gpu {
         if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
             return Ok(function.clone());
         }
-        let Some((_, module)) = self.modules.iter().find(|(file, _)| name.starts_with(file)) else {
-            bail!("no CUDA kernel is called {name}")
-        };
+        let own = self.modules.iter().filter(|(file, _)| name.starts_with(file)).max_by_key(|(file, _)| file.len());
+        let Some((_, module)) = own else { bail!("no CUDA kernel is called {name}") };
         let function = module.load_function(name).w()?;
         if shared > 48 << 10 {
             let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -165,6 +164,11 @@ pub(crate) fn matrix(tensor: &Tensor) -> Result<View> {
     let slice = storage.as_cuda_slice::<bf16>()?;
     let stream = storage.device.cuda_stream();
     Ok(View::new(slice.device_ptr(&stream).0 + (layout.start_offset() * size_of::<bf16>()) as u64, stride))
+}
+
+/// Whether a tensor is f32, contiguous and on a CUDA device: what kernels over flat values take.
+pub fn is_flat(tensor: &Tensor) -> bool {
+    tensor.device().is_cuda() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
 }
 
 /// A matrix of bf16 in device memory, row by row, `stride` values from one row to the next.

@@ -10,7 +10,7 @@ use super::launch::launch_with;
 use super::{Gpu, address};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::cuda_backend::{DeviceId, WrapErr};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -51,11 +51,6 @@ pub struct Scalars {
     pub eps: f32,
     /// Factor on all gradients.
     pub scale: f32,
-}
-
-/// Whether the functions of this module take a tensor: f32, contiguous, on a CUDA device.
-pub fn takes(tensor: &Tensor) -> bool {
-    tensor.device().is_cuda() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
 }
 
 /// One step of AdamW for all parameters, in one launch. Parameters and moments are written where they are, as `Var::set`

@@ -80,7 +80,14 @@ impl Int8 {
         let gpu = Gpu::of(&self.device)?;
         let out = gpu.alloc::<half::bf16>(self.d_out * self.d_in)?;
         let to = View::new(gpu.address(&out), self.d_in);
-        super::cuda::int8(&gpu, address::<u8>(codes)?, address::<f32>(scales)?, 128, to, (self.d_out, self.d_in))?;
+        super::quantised_cuda::int8(
+            &gpu,
+            address::<u8>(codes)?,
+            address::<f32>(scales)?,
+            128,
+            to,
+            (self.d_out, self.d_in),
+        )?;
         Ok(gpu.tensor(out, &[self.d_out, self.d_in]))
     }
 

@@ -9,12 +9,12 @@
 mod bordered;
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
-#[cfg(feature = "cuda")]
 mod dense_cuda;
 mod gguf;
 mod int8;
 mod nf4;
+#[cfg(feature = "cuda")]
+mod quantised_cuda;
 pub mod reference;
 
 pub use bordered::Bordered;

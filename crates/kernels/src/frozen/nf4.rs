@@ -250,7 +250,7 @@ impl Nf4 {
         let gpu = Gpu::of(&self.device)?;
         let out = gpu.alloc::<half::bf16>(self.d_out * self.d_in)?;
         let to = View::new(gpu.address(&out), self.d_in);
-        super::cuda::nf4(&gpu, address::<u8>(codes)?, address::<f32>(absmax)?, to, (self.d_out, self.d_in))?;
+        super::quantised_cuda::nf4(&gpu, address::<u8>(codes)?, address::<f32>(absmax)?, to, (self.d_out, self.d_in))?;
         Ok(gpu.tensor(out, &[self.d_out, self.d_in]))
     }
 

@@ -4,15 +4,11 @@
 //! Shapes:   x and y [b, t, h]; kept: q, k, v after rotation, the attention's output and ln-sums
 //! Source:   as `crate::attention` and `crate::rope`, in reverse mode; the norm is computed again on the way back
 
-#[cfg(feature = "cuda")]
-use super::cuda::{BackOn, Flat, Rows};
 use super::group::{Group, Kept, groups};
 use super::node::{Back, Node, Part, apply, node, runs};
 use super::{PartNorm, Projection, finish, join, normed, reference, split};
 use crate::attention::cpu::{gradients, run};
 use crate::attention::{AttentionSpec, Dims};
-#[cfg(feature = "cuda")]
-use crate::cuda::{Gpu, View};
 use crate::element::Element;
 use crate::product::Multiply;
 use crate::rope::cpu::turn;
@@ -123,6 +119,16 @@ impl Part for AttentionPart {
                 self.heads
             )
         }
+        if let Some(s) = self.spec.segments.as_deref()
+            && (s.batch != b || s.query.len() != b * t || s.key.len() != b * t)
+        {
+            let (ids, keys) = (s.query.len(), s.key.len());
+            bail!(
+                "attention part: segments for batch {} with {ids} query and {keys} key ids, x {:?}",
+                s.batch,
+                x.dims()
+            )
+        }
         if let Some((cos, sin)) = &self.rotary {
             let (cb, ct, half) = cos.dims3()?;
             if sin.dims() != cos.dims() || ct != t || (cb != b && cb != 1) || 2 * half > self.head_dim {
@@ -181,23 +187,5 @@ impl Part for AttentionPart {
 
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
         reference::attention_part(x, parameters, self)
-    }
-
-    #[cfg(feature = "cuda")]
-    type SavedOn = super::cuda::attention::SavedOn;
-
-    #[cfg(feature = "cuda")]
-    fn supports_on(&self, gpu: &Gpu, size: (usize, usize)) -> bool {
-        self.fits_kernels(gpu, size)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Self::SavedOn)> {
-        self.run(gpu, x, flat, size)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn backward_on(&self, gpu: &Gpu, saved: &Self::SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>> {
-        self.run_back(gpu, saved, back)
     }
 }

@@ -4,15 +4,11 @@
 //! Shapes:   x and y [b, t, h]; kept: the outputs of G and U [b * t, f]
 //! Source:   as `crate::activation`, in reverse mode; the norm and the activation are computed again on the way back
 
-#[cfg(feature = "cuda")]
-use super::cuda::{BackOn, Flat, Rows};
 use super::group::{Group, Kept, groups};
 use super::node::{Back, Node, Part, apply, node, runs};
 use super::{PartNorm, Projection, finish, join, normed, reference, split};
 use crate::activation::Activation;
 use crate::activation::cpu::{activated, activated_gradient, gated_forward, gated_gradients};
-#[cfg(feature = "cuda")]
-use crate::cuda::{Gpu, View};
 use crate::product::Multiply;
 use candle_core::{Result, Tensor, bail};
 use std::sync::Arc;
@@ -163,23 +159,5 @@ impl Part for FeedForwardPart {
 
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
         reference::feed_forward_part(x, parameters, self)
-    }
-
-    #[cfg(feature = "cuda")]
-    type SavedOn = super::cuda::feed_forward::SavedOn;
-
-    #[cfg(feature = "cuda")]
-    fn supports_on(&self, gpu: &Gpu, size: (usize, usize)) -> bool {
-        self.fits_kernels(gpu, size)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Self::SavedOn)> {
-        self.run(gpu, x, flat, size)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn backward_on(&self, gpu: &Gpu, saved: &Self::SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>> {
-        self.run_back(gpu, saved, back)
     }
 }

@@ -1,7 +1,7 @@
 //! What makes a part an operation of the tape, or a node without one: the same for every part.
 
 #[cfg(feature = "cuda")]
-use super::cuda::{BackOn, Flat, Rows};
+use super::cuda::{BackOn, Flat, OnDevice};
 use super::{Projection, check, is_fused, no_parameters};
 #[cfg(feature = "cuda")]
 use crate::cuda::{Gpu, View, address, address_of};
@@ -16,8 +16,15 @@ use half::bf16;
 use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
+/// Builds without CUDA ask nothing of a part for it.
+#[cfg(not(feature = "cuda"))]
+pub(super) trait OnDevice {}
+
+#[cfg(not(feature = "cuda"))]
+impl<P> OnDevice for P {}
+
 /// The mathematics of a part over rows x [b * t, h] and its flat parameters.
-pub(super) trait Part: Send + Sync + 'static {
+pub(super) trait Part: OnDevice + Send + Sync + 'static {
     /// The name in messages.
     const NAME: &'static str;
     /// What a forward pass keeps.
@@ -39,18 +46,6 @@ pub(super) trait Part: Send + Sync + 'static {
     fn projections(&self) -> impl Iterator<Item = &Projection>;
     /// The result by definition.
     fn reference(&self, x: &Tensor, parameters: &Tensor) -> Result<Tensor>;
-    /// What a forward pass on a CUDA device keeps.
-    #[cfg(feature = "cuda")]
-    type SavedOn: Send + Sync + 'static;
-    /// Whether the kernels of a CUDA device handle rows of that size (b, t).
-    #[cfg(feature = "cuda")]
-    fn supports_on(&self, gpu: &Gpu, size: (usize, usize)) -> bool;
-    /// The result [b * t, h] on a CUDA device.
-    #[cfg(feature = "cuda")]
-    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Self::SavedOn)>;
-    /// As [`Self::backward`], on a CUDA device.
-    #[cfg(feature = "cuda")]
-    fn backward_on(&self, gpu: &Gpu, saved: &Self::SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>>;
 }
 
 /// What a backward pass has.
@@ -93,7 +88,7 @@ pub(super) fn runs<P: Part>(part: &P, x: &Tensor, parameters: &[Tensor]) -> Resu
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         let (b, t, _) = x.dims3()?;
-        return Ok(part.supports_on(&*Gpu::of(x.device())?, (b, t)));
+        return Ok(part.supports(&*Gpu::of(x.device())?, (b, t)));
     }
     Ok(!part.projections().any(Projection::needs_norms))
 }
@@ -211,7 +206,7 @@ impl<P: Part> Pass<P> {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (b, t, h) = x.dims3()?;
         let gpu = Gpu::of(x.device())?;
-        let Some((flat, saved)) = self.saved.get().and_then(|s| s.downcast_ref::<(Flat, P::SavedOn)>()) else {
+        let Some((flat, saved)) = self.saved.get().and_then(|s| s.downcast_ref::<(Flat, P::Kept)>()) else {
             bail!("{}: backward before forward", P::NAME)
         };
         let d_parameters = wants_p.then(|| gpu.zeros::<f32>(p.elem_count())).transpose()?;

@@ -167,7 +167,7 @@ impl AdamW {
 /// Whether a parameter and its moments are updated together with others, where they are.
 #[cfg(feature = "cuda")]
 fn in_place(tensors: [&Tensor; 3]) -> bool {
-    tensors.into_iter().all(espalier_kernels::cuda::optimizer::takes)
+    tensors.into_iter().all(espalier_kernels::cuda::is_flat)
 }
 
 #[cfg(not(feature = "cuda"))]

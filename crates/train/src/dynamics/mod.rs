@@ -29,9 +29,9 @@ pub fn rate_factors(recipe: &Recipe, parameters: &ParameterMap) -> Result<Vec<f6
 pub fn global_norm(gradients: &[Option<Tensor>]) -> Result<f64> {
     #[cfg(feature = "cuda")]
     {
-        use espalier_kernels::cuda::optimizer::{sum_of_squares, takes};
+        use espalier_kernels::cuda::{is_flat, optimizer::sum_of_squares};
         let all: Vec<&Tensor> = gradients.iter().flatten().collect();
-        if all.first().is_some_and(|f| all.iter().all(|g| takes(g) && g.device().same_device(f.device()))) {
+        if all.first().is_some_and(|f| all.iter().all(|g| is_flat(g) && g.device().same_device(f.device()))) {
             return Ok(sum_of_squares(&all)?.sqrt());
         }
     }

@@ -1,7 +1,7 @@
 //! The attention part on a device.
 
 use super::group::KeptOn;
-use super::{BackOn, Flat, Input, Rows, finish, normed};
+use super::{BackOn, Flat, Input, OnDevice, Rows, finish, normed};
 use crate::attention::cuda::{Views, backward, forward, supports};
 use crate::cuda::{Gpu, View};
 use crate::part::AttentionPart;
@@ -10,7 +10,7 @@ use candle_core::Result;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 
 /// What is kept of one pass: q, k and v side by side after rotation, the attention's output and ln-sums.
-pub(in crate::part) struct SavedOn {
+pub(in crate::part) struct Kept {
     qkv: Rows,
     out: Rows,
     log_sums: CudaSlice<f32>,
@@ -19,11 +19,6 @@ pub(in crate::part) struct SavedOn {
 }
 
 impl AttentionPart {
-    pub(in crate::part) fn fits_kernels(&self, gpu: &Gpu, size: (usize, usize)) -> bool {
-        let (inputs, output) = self.groups();
-        inputs.is_aligned() && output.is_aligned() && supports(gpu, &self.dims(size), &self.spec)
-    }
-
     /// Queries, keys and values within rows that hold them side by side.
     fn within(&self, rows: View) -> Views {
         let [q, k, _] = self.widths();
@@ -34,14 +29,17 @@ impl AttentionPart {
         let Some((cos, sin)) = &self.rotary else { return Ok(()) };
         turn(gpu, rows, (b * t, t, self.heads + self.kv_heads, self.head_dim), cos, sin, inverse)
     }
+}
 
-    pub(in crate::part) fn run(
-        &self,
-        gpu: &Gpu,
-        x: View,
-        flat: &Flat,
-        size: (usize, usize),
-    ) -> Result<(Rows, SavedOn)> {
+impl OnDevice for AttentionPart {
+    type Kept = Kept;
+
+    fn supports(&self, gpu: &Gpu, size: (usize, usize)) -> bool {
+        let (inputs, output) = self.groups();
+        inputs.is_aligned() && output.is_aligned() && supports(gpu, &self.dims(size), &self.spec)
+    }
+
+    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Kept)> {
         let (inputs, output) = self.groups();
         let n = size.0 * size.1;
         let (rows, held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
@@ -54,10 +52,10 @@ impl AttentionPart {
         let y = Rows::new(gpu, n, output.d_out())?;
         let residual = self.residual.then_some(x);
         let kept_output = output.forward_on(gpu, out.input(), n, flat, (residual, y.view()), false)?;
-        Ok((y, SavedOn { qkv, out, log_sums, inputs: kept_inputs, output: kept_output }))
+        Ok((y, Kept { qkv, out, log_sums, inputs: kept_inputs, output: kept_output }))
     }
 
-    pub(in crate::part) fn run_back(&self, gpu: &Gpu, saved: &SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>> {
+    fn backward_on(&self, gpu: &Gpu, saved: &Kept, back: &BackOn<'_>) -> Result<Option<Rows>> {
         let BackOn { x, g, flat, size, d_parameters, wants_x } = *back;
         let (inputs, output) = self.groups();
         let n = size.0 * size.1;

@@ -1,14 +1,14 @@
 //! The feed-forward part on a device.
 
 use super::group::KeptOn;
-use super::{BackOn, Flat, Input, Rows, finish, normed};
+use super::{BackOn, Flat, Input, OnDevice, Rows, finish, normed};
 use crate::activation::cuda::{backward, forward, gained_backward, gated_backward, gated_forward};
 use crate::cuda::{Gpu, View};
 use crate::part::{FeedForwardPart, Projection};
 use candle_core::Result;
 
 /// What is kept of one pass: gate and up side by side, or the one output, before the nonlinearity.
-pub(in crate::part) struct SavedOn {
+pub(in crate::part) struct Kept {
     hidden: Rows,
     inputs: KeptOn,
     output: KeptOn,
@@ -23,19 +23,17 @@ impl FeedForwardPart {
             && self.inputs.iter().any(gained)
             && self.inputs.iter().all(|p| p.bias.is_none())
     }
+}
 
-    pub(in crate::part) fn fits_kernels(&self, _: &Gpu, (b, t): (usize, usize)) -> bool {
+impl OnDevice for FeedForwardPart {
+    type Kept = Kept;
+
+    fn supports(&self, _: &Gpu, (b, t): (usize, usize)) -> bool {
         let (inputs, output) = self.groups();
         inputs.is_aligned() && output.is_aligned() && i32::try_from(b * t).is_ok()
     }
 
-    pub(in crate::part) fn run(
-        &self,
-        gpu: &Gpu,
-        x: View,
-        flat: &Flat,
-        size: (usize, usize),
-    ) -> Result<(Rows, SavedOn)> {
+    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Kept)> {
         let (inputs, output) = self.groups();
         let n = size.0 * size.1;
         let (rows, held) = normed(gpu, self.norm.as_ref(), x, (n, inputs.d_in))?;
@@ -53,10 +51,10 @@ impl FeedForwardPart {
         let y = Rows::new(gpu, n, output.d_out())?;
         let residual = self.residual.then_some(x);
         let kept_output = output.forward_on(gpu, inner.input(), n, flat, (residual, y.view()), false)?;
-        Ok((y, SavedOn { hidden, inputs: kept_inputs, output: kept_output }))
+        Ok((y, Kept { hidden, inputs: kept_inputs, output: kept_output }))
     }
 
-    pub(in crate::part) fn run_back(&self, gpu: &Gpu, saved: &SavedOn, back: &BackOn<'_>) -> Result<Option<Rows>> {
+    fn backward_on(&self, gpu: &Gpu, saved: &Kept, back: &BackOn<'_>) -> Result<Option<Rows>> {
         let BackOn { x, g, flat, size, d_parameters, wants_x } = *back;
         let (inputs, output) = self.groups();
         let n = size.0 * size.1;

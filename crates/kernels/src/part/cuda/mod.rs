@@ -3,8 +3,8 @@
 //! Everything is launched on the device's stream without waiting for it. Sums over tokens are in f32; dq is added up in the
 //! order in which tiles of keys finish, so the last bits of gradients may differ from run to run.
 
-pub(super) mod attention;
-pub(super) mod feed_forward;
+mod attention;
+mod feed_forward;
 mod group;
 
 use super::PartNorm;
@@ -94,6 +94,18 @@ impl Flat {
     fn matrix(&self, index: usize, columns: usize) -> View {
         View::new(self.rounded.at + (index * size_of::<bf16>()) as u64, columns)
     }
+}
+
+/// A part on a CUDA device.
+pub(super) trait OnDevice {
+    /// What a forward pass keeps.
+    type Kept: Send + Sync + 'static;
+    /// Whether the kernels handle rows of that size (b, t).
+    fn supports(&self, gpu: &Gpu, size: (usize, usize)) -> bool;
+    /// The result [b * t, h].
+    fn forward_on(&self, gpu: &Gpu, x: View, flat: &Flat, size: (usize, usize)) -> Result<(Rows, Self::Kept)>;
+    /// The gradient of x if it is wanted; those of the parameters are added to zeros.
+    fn backward_on(&self, gpu: &Gpu, kept: &Self::Kept, back: &BackOn<'_>) -> Result<Option<Rows>>;
 }
 
 /// What a backward pass on a device has.
