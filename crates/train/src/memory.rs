@@ -70,7 +70,10 @@ fn values_per_token(model: &Model, form: Form) -> (u64, u64) {
 /// If the walk over the model fails.
 pub fn estimate(recipe: &Recipe, model: &mut Model, parameters: &ParameterMap, longest: usize) -> Result<Estimate> {
     let mut weights = 0u64;
-    let (mut fused, mut plain, mut gain) = (model.device().is_cpu(), true, false);
+    // On a device, what its attention takes; blocks of another form are told apart below.
+    let on_device =
+        cfg!(feature = "cuda") && model.dtype() == DType::BF16 && matches!(model.config().head_dim, 64 | 128);
+    let (mut fused, mut plain, mut gain) = (model.device().is_cpu() || on_device, true, false);
     let bytes = |t: &candle_core::Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
     model.walk(&mut |module| {
         weights += match module {
