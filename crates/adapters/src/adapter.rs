@@ -187,9 +187,10 @@ impl Init<'_> {
                         found: found.dims().to_vec(),
                     });
                 }
+                // The file will be refused; until then one zero stands for all values, however many were asked for.
                 None => {
                     missing.push(full);
-                    Tensor::zeros(&shape, self.dtype, &self.device)?
+                    return Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(&shape)?);
                 }
             },
         };

@@ -44,6 +44,19 @@ pub struct Attached {
     pub placement: Placement,
     /// All parameters in model order.
     pub parameters: ParameterMap,
+    /// What is known of the base that the adapter was made for.
+    pub base: BaseCheck,
+}
+
+/// What is known of the base that an adapter was made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BaseCheck {
+    /// It is the model at hand: made on it, or its content hash is the one in the file.
+    Same,
+    /// It was not checked: the file holds no content hash (other tools write none).
+    NoHash,
+    /// The hash in the file is another one, and was overruled.
+    Forced,
 }
 
 /// Where the tensors come from.
@@ -67,11 +80,14 @@ pub const CLASSIFIER_NAMES: [&str; 2] = ["classifier", "score"];
 struct Survey {
     candidates: Vec<Candidate>,
     embeddings: Vec<String>,
+    /// Token table and output head of a model where they are one.
+    tied: Option<(String, String)>,
 }
 
 fn survey(host: &mut dyn Host) -> Result<Survey> {
     let heads = host.head_paths();
-    let mut survey = Survey { candidates: Vec::new(), embeddings: Vec::new() };
+    let tied = host.tied_table().zip(heads.first().cloned());
+    let mut survey = Survey { candidates: Vec::new(), embeddings: Vec::new(), tied };
     host.walk(&mut |module| {
         let path = module.path().to_owned();
         match module {
@@ -210,6 +226,9 @@ pub fn attach(
             ModuleMut::Embedding(embedding) => {
                 let table = embedding.weight().frozen();
                 let (tokens, width) = table.dims2()?;
+                let head = survey.tied.as_ref().filter(|(t, _)| *t == path).map(|(_, head)| head.as_str());
+                let head = head.filter(|head| build.saved_whole(head));
+                let whole = whole || (head.is_some() && config.tie_weights);
                 if whole {
                     build.dense(&mut init, &path, "weight", table)?;
                 } else if let Some(site) = placed.get(path.as_str()) {
@@ -226,7 +245,19 @@ pub fn attach(
                     let layer = config.method.attach(&site, &mut init)?;
                     build.layer(&path, layer);
                 }
+                if let Some(head) = head.filter(|_| !config.tie_weights) {
+                    let start = embedding.head().kept().unwrap_or(embedding.base()).dequantize(dtype)?;
+                    init.path = head.to_owned();
+                    build.dense(&mut init, head, "weight", &start)?;
+                    init.path.clone_from(&path);
+                }
                 if let Some((_, ids)) = rows_wanted.iter().find(|(p, _)| *p == path) {
+                    if head.is_some() {
+                        return Err(Error::config(
+                            "trainable_tokens",
+                            "rows of a table whose output head is trained whole; train the table whole as well",
+                        ));
+                    }
                     build.token_rows(&mut init, &path, ids, table)?;
                 }
             }
@@ -250,7 +281,8 @@ pub fn attach(
     {
         return Err(Error::Unpaired { path: path.to_owned(), missing, unused: tensors.into_keys().collect() });
     }
-    Ok(Attached { config: config.clone(), layers, dense, rows, placement, parameters })
+    let base = BaseCheck::Same;
+    Ok(Attached { config: config.clone(), layers, dense, rows, placement, parameters, base })
 }
 
 struct Builder<'a> {

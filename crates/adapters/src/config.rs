@@ -55,12 +55,14 @@ pub struct AdapterConfig {
     pub modules_to_save: Vec<String>,
     /// Token rows trained and saved beside it.
     pub trainable_tokens: Option<TokenIndices>,
-    /// Whether a trained input embedding also serves as the output head where the two are tied.
+    /// Whether what is trained of the input embedding also acts on the output head where the two are tied.
     pub tie_weights: bool,
     /// What the model is for.
     pub task: Option<TaskType>,
     /// Name or path of the base, as recorded in files.
     pub base: Option<String>,
+    /// Revision of the base at its hub, as recorded in files.
+    pub revision: Option<String>,
     /// Content hash of the base.
     pub base_hash: Option<String>,
 }
@@ -77,6 +79,7 @@ impl AdapterConfig {
             tie_weights: true,
             task: None,
             base: None,
+            revision: None,
             base_hash: None,
         }
     }

@@ -9,7 +9,8 @@ use espalier_kernels::rows::take_rows;
 
 use crate::adapter::Adapter;
 use crate::module::Dense;
-use crate::{Error, Result};
+use crate::tied::TiedHead;
+use crate::{Error, Flow, Result};
 
 /// Rows of an embedding that are trained in place of the frozen ones.
 #[derive(Debug, Clone)]
@@ -28,14 +29,21 @@ pub struct Embedding {
     base: Arc<FrozenWeight>,
     adapter: Option<Arc<dyn Adapter>>,
     rows: Option<TokenRows>,
-    tied_training: bool,
+    pub(crate) head: TiedHead,
 }
 
 impl Embedding {
     /// The table `weight` [vocabulary, width] called `path`.
     pub fn new(path: impl Into<String>, weight: Tensor) -> Result<Self> {
         let base = Arc::new(FrozenWeight::dense(weight.clone())?);
-        Ok(Self { path: path.into(), weight: Dense::new(weight), base, adapter: None, rows: None, tied_training: true })
+        Ok(Self {
+            path: path.into(),
+            weight: Dense::new(weight),
+            base,
+            adapter: None,
+            rows: None,
+            head: TiedHead::default(),
+        })
     }
 
     /// Vectors of `ids` [..] (u32) -> [.., width].
@@ -62,34 +70,31 @@ impl Embedding {
         Ok(out.reshape(dims)?)
     }
 
-    fn no_lookup(&self) -> Error {
+    pub(crate) fn no_lookup(&self) -> Error {
         Error::unsupported(&self.path, "an embedding takes only a low-rank product as its adapter")
     }
 
-    /// Scores of `hidden` [n, width] against every token -> [n, vocabulary]: the output head of tied models. Trained
-    /// rows act here too, and a trained table where [`Self::set_tied_training`] says so; a low-rank adapter does not, as
-    /// in PEFT.
+    /// Scores of `hidden` [n, width] against every token -> [n, vocabulary]: the output head of tied models, which is this table
+    /// unless [`TiedHead`] says otherwise. Trained rows act here too; a trained table and an adapter where the head shares them.
     ///
     /// # Errors
-    /// If shapes do not fit.
-    pub fn scores(&self, hidden: &Tensor) -> Result<Tensor> {
-        let trained = self.weight.trained().filter(|_| self.tied_training);
-        let out = match trained {
-            Some(weight) => hidden.to_dtype(weight.dtype())?.matmul(&weight.t()?)?,
-            None => self.base.forward(hidden)?,
-        };
-        let Some(rows) = &self.rows else { return Ok(out) };
-        let index = Tensor::new(rows.indices.as_slice(), out.device())?;
-        let frozen = self.weight.frozen().index_select(&index, 0)?.to_dtype(rows.values.dtype())?;
-        let shift = (&rows.values - frozen)?;
-        let change = hidden.to_dtype(shift.dtype())?.matmul(&shift.t()?)?;
-        Ok(out.to_dtype(change.dtype())?.contiguous()?.index_add(&index, &change, 1)?)
+    /// If shapes do not fit, or the adapter is no low-rank product.
+    pub fn scores(&self, hidden: &Tensor, flow: &Flow) -> Result<Tensor> {
+        self.head.scores(self, hidden, flow)
     }
 
-    /// The frozen table, where [`Self::scores`] is a product with nothing but it.
+    /// The frozen head, where [`Self::scores`] is a product with nothing but it.
     pub fn frozen_scores(&self) -> Option<&Arc<FrozenWeight>> {
-        let trained = self.tied_training && self.weight.trained().is_some();
-        (self.rows.is_none() && !trained).then_some(&self.base)
+        let acts = self.rows.is_some() || self.head.trained().is_some() || self.shared() && self.table_or_adapter();
+        (!acts).then_some(self.head.kept().unwrap_or(&self.base))
+    }
+
+    fn shared(&self) -> bool {
+        self.head.is_shared()
+    }
+
+    fn table_or_adapter(&self) -> bool {
+        self.adapter.is_some() || self.weight.trained().is_some()
     }
 
     /// Module path in the base model's naming.
@@ -127,19 +132,29 @@ impl Embedding {
         self.rows = rows;
     }
 
-    /// Whether a trained table also serves as the output head of a tied model (PEFT's default keeps the frozen one there).
-    pub fn set_tied_training(&mut self, tied: bool) {
-        self.tied_training = tied;
+    /// The trained rows that act now.
+    pub(crate) fn rows(&self) -> Option<&TokenRows> {
+        self.rows.as_ref()
     }
 
-    /// Whether anything acts on the table.
+    /// What the output head of a tied model is, as far as it is not this table alone.
+    pub fn head(&self) -> &TiedHead {
+        &self.head
+    }
+
+    /// The same, to change it.
+    pub fn head_mut(&mut self) -> &mut TiedHead {
+        &mut self.head
+    }
+
+    /// Whether anything acts on the table, or on the output head beside it.
     pub fn is_changed(&self) -> bool {
-        self.adapter.is_some() || self.rows.is_some() || self.weight.trained().is_some()
+        self.table_or_adapter() || self.rows.is_some() || self.head.trained().is_some()
     }
 
-    /// Whether everything that acts on the table acts on the output head of a tied model as well.
+    /// Whether everything that acts on the table acts on the output head of a tied model as well, and nothing else does.
     pub fn change_reaches_head(&self) -> bool {
-        self.adapter.is_none() && (self.weight.trained().is_none() || self.tied_training)
+        self.head.trained().is_none() && (self.shared() || !self.table_or_adapter())
     }
 
     /// The table with everything that acts on it written in, in the table's dtype.
@@ -147,19 +162,25 @@ impl Embedding {
     /// # Errors
     /// If shapes do not fit.
     pub fn effective(&self) -> Result<Tensor> {
-        let dtype = self.weight.frozen().dtype();
-        let mut table = self.weight.get().detach().to_dtype(DType::F32)?;
-        if let Some(adapter) = &self.adapter {
-            let Some(delta) = adapter.delta(&self.base)? else { return Err(self.no_lookup()) };
-            table = (table + delta.t()?)?;
-        }
-        if let Some(rows) = &self.rows {
-            let index = Tensor::new(rows.indices.as_slice(), table.device())?;
-            let values = rows.values.detach().to_dtype(DType::F32)?;
-            let shift = (values - table.index_select(&index, 0)?)?;
-            table = table.contiguous()?.index_add(&index, &shift, 0)?;
-        }
-        Ok(table.to_dtype(dtype)?)
+        let table = self.weight.get().detach().to_dtype(DType::F32)?;
+        let table = self.with_adapter(table)?;
+        Ok(self.with_rows(table)?.to_dtype(self.weight.frozen().dtype())?)
+    }
+
+    /// `table` in f32 with the adapter's change.
+    pub(crate) fn with_adapter(&self, table: Tensor) -> Result<Tensor> {
+        let Some(adapter) = &self.adapter else { return Ok(table) };
+        let Some(delta) = adapter.delta(&self.base)? else { return Err(self.no_lookup()) };
+        Ok((table + delta.t()?)?)
+    }
+
+    /// `table` in f32 with the trained rows in place of its own.
+    pub(crate) fn with_rows(&self, table: Tensor) -> Result<Tensor> {
+        let Some(rows) = &self.rows else { return Ok(table) };
+        let index = Tensor::new(rows.indices.as_slice(), table.device())?;
+        let values = rows.values.detach().to_dtype(DType::F32)?;
+        let shift = (values - table.index_select(&index, 0)?)?;
+        Ok(table.contiguous()?.index_add(&index, &shift, 0)?)
     }
 
     /// Replaces the frozen table (merging).

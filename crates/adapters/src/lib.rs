@@ -25,6 +25,7 @@ pub mod projected;
 pub mod random;
 pub mod set;
 pub mod target;
+pub mod tied;
 
 pub use adapter::{Adapter, Init, Method, Site};
 pub use config::AdapterConfig;

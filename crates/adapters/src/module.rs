@@ -305,6 +305,16 @@ pub trait Host {
     /// Paths of the output head (excluded from `all-linear`), in the base model's naming.
     fn head_paths(&self) -> Vec<String>;
 
+    /// Path of the token table that is the output head as well, in a model that ties the two.
+    fn tied_table(&self) -> Option<String> {
+        None
+    }
+
+    /// Whether weights are rounded against those that other tools have of the same model (a quantised file).
+    fn is_rounded(&self) -> bool {
+        false
+    }
+
     /// Content hash of the base weights as they were loaded.
     ///
     /// # Errors

@@ -23,10 +23,11 @@ pub struct AdapterSet {
 #[derive(Debug, Default)]
 pub struct Merged {
     weights: BTreeMap<String, Arc<FrozenWeight>>,
+    heads: BTreeMap<String, Option<Arc<FrozenWeight>>>,
     dense: BTreeMap<(String, &'static str), Tensor>,
     /// Modules that were changed.
     pub modules: usize,
-    /// Whether a token table was changed while the output head was not, so that the two are tied no more.
+    /// Whether the token table of a tied model and its output head were changed apart, so that they are tied no more.
     pub unties: bool,
 }
 
@@ -108,16 +109,16 @@ impl AdapterSet {
                 }
             }
         }
+        let (tied, head) = (host.tied_table(), host.head_paths().into_iter().next());
+        let shared = tied.as_deref().map_or(Ok(true), |table| shares_head(&chosen, table))?;
         host.walk(&mut |module| {
             let path = module.path().to_owned();
             let layer = layer_at(&chosen, &path);
-            let dense = |part: &str| {
-                chosen
-                    .iter()
-                    .flat_map(|(a, _)| &a.dense)
-                    .find(|d| d.path == path && d.part == part)
-                    .map(|d| d.tensor.clone())
+            let dense_of = |path: &str, part: &str| {
+                let mut all = chosen.iter().flat_map(|(a, _)| &a.dense);
+                all.find(|d| d.path == path && d.part == part).map(|d| d.tensor.clone())
             };
+            let dense = |part: &str| dense_of(&path, part);
             match module {
                 ModuleMut::Linear(linear) => {
                     linear.set_adapter(layer);
@@ -136,7 +137,9 @@ impl AdapterSet {
                     embedding.weight_mut().replace(dense("weight"));
                     let rows = chosen.iter().flat_map(|(a, _)| &a.rows).find(|(p, _)| *p == path);
                     embedding.set_rows(rows.map(|(_, r)| r.clone()));
-                    embedding.set_tied_training(chosen.iter().all(|(a, _)| a.config.tie_weights));
+                    let own = head.as_deref().filter(|_| tied.as_ref() == Some(&path));
+                    embedding.head_mut().set_trained(own.and_then(|head| dense_of(head, "weight")));
+                    embedding.head_mut().set_shared(shared);
                 }
             }
             Ok(())
@@ -151,6 +154,7 @@ impl AdapterSet {
     /// If a change depends on the input and so is no weight.
     pub fn merge(&mut self, host: &mut dyn Host, dtype: DType) -> Result<Merged> {
         let mut merged = Merged::default();
+        let tied = host.tied_table();
         host.walk(&mut |module| {
             let path = module.path().to_owned();
             match module {
@@ -183,12 +187,19 @@ impl AdapterSet {
                 }
                 ModuleMut::Embedding(embedding) => {
                     if embedding.is_changed() {
-                        merged.dense.insert((path, "weight"), embedding.weight().frozen().clone());
-                        merged.unties |= !embedding.change_reaches_head();
+                        let reaches = embedding.change_reaches_head() && embedding.head().kept().is_none();
+                        let unties = tied.as_ref() == Some(&path) && !reaches;
+                        let head = unties.then(|| embedding.head().effective(embedding)).transpose()?;
+                        let head = head.map(FrozenWeight::dense).transpose()?.map(Arc::new);
+                        merged.unties |= unties;
+                        merged.dense.insert((path.clone(), "weight"), embedding.weight().frozen().clone());
+                        merged.heads.insert(path, embedding.head().kept().cloned());
                         let table = embedding.effective()?;
                         embedding.set_adapter(None);
                         embedding.set_rows(None);
                         embedding.set_table(table)?;
+                        embedding.head_mut().set_trained(None);
+                        embedding.head_mut().keep(head);
                         merged.modules += 1;
                     }
                 }
@@ -227,12 +238,27 @@ impl AdapterSet {
                 ModuleMut::Embedding(embedding) => {
                     if let Some(old) = dense("weight") {
                         embedding.set_table(old)?;
+                        embedding.head_mut().keep(merged.heads.get(&path).cloned().flatten());
                     }
                 }
             }
             Ok(())
         })
     }
+}
+
+/// Whether the head of a tied model follows what the adapters do to its table; they must agree.
+fn shares_head(chosen: &[(&Attached, f64)], table: &str) -> Result<bool> {
+    let touches = |a: &Attached| a.layers.contains_key(table) || a.dense.iter().any(|d| d.path == table);
+    let mut wishes = chosen.iter().filter(|(a, _)| touches(a)).map(|(a, _)| a.config.tie_weights);
+    let first = wishes.next().unwrap_or(true);
+    if wishes.all(|wish| wish == first) {
+        return Ok(first);
+    }
+    Err(Error::unsupported(
+        format!("combining adapters of {table}"),
+        "one keeps the output head tied to the table and another does not; activate them one at a time",
+    ))
 }
 
 /// What goes into the slot at `path`.

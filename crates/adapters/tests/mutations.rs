@@ -21,6 +21,9 @@ const CASES: &[(&str, &str)] = &[
     ("lora_layers", "llama_gqa_tied"),
     ("lora_regex", "llama_gqa_tied"),
     ("lora_embedding", "llama_gqa_tied"),
+    ("lora_embedding_tied", "llama_gqa_tied"),
+    ("modules_to_save_pair", "llama_gqa_tied"),
+    ("modules_to_save_tied", "llama_gqa_tied"),
     ("trainable_tokens", "llama_gqa_tied"),
     ("modules_to_save", "llama1"),
     ("lora_bias", "llama_bias"),
@@ -96,8 +99,9 @@ fn double_entry(path: &Path, name: &str) {
 fn mutate_tensor(bench: &mut Bench, case: &str, name: &str) {
     let copy = name.ends_with(".base_layer.weight");
     let tensor = bench.tensors[name].clone();
-    // A copy of the base's own weight says nothing, so a file without it says the same.
-    if !copy {
+    // A copy of the base's own weight, or of the table for a head tied to it, says nothing: a file without it says the same.
+    let repeated = name == "base_model.model.lm_head.weight" && bench.config["ensure_weight_tying"] == true;
+    if !copy && !repeated {
         bench.tensors_changed(format!("{case}: drop {name}"), |t| drop(t.remove(name)));
     }
     for (from, to) in
@@ -134,8 +138,13 @@ fn mutate_tensor(bench: &mut Bench, case: &str, name: &str) {
 fn mutate_config(bench: &mut Bench, case: &str) {
     if let Some(targets) = bench.config["target_modules"].as_array().cloned() {
         for i in 0..targets.len() {
-            // A target that is excluded has no tensors to miss.
-            if targets.len() > 1 && bench.config["exclude_modules"].get(0) != Some(&targets[i]) {
+            // A target that is excluded has no tensors to miss, nor has one that another names as well.
+            let text = |t: &Value| t.as_str().unwrap().to_owned();
+            let twice = targets.iter().enumerate().any(|(j, t)| {
+                let (this, other) = (text(&targets[i]), text(t));
+                i != j && (this.ends_with(&format!(".{other}")) || other.ends_with(&format!(".{this}")))
+            });
+            if targets.len() > 1 && !twice && bench.config["exclude_modules"].get(0) != Some(&targets[i]) {
                 bench.config_changed(format!("{case}: without target {i}"), |c| {
                     c["target_modules"].as_array_mut().unwrap().remove(i);
                 });

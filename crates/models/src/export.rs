@@ -19,7 +19,8 @@ pub struct ExportOptions {
     pub dtype: Option<DType>,
     /// Bytes after which a new shard begins.
     pub shard_bytes: u64,
-    /// Whether the output head must be written apart from the token table although the architecture ties them.
+    /// Whether the output head must be written apart from the token table although the architecture ties them; it is anyway where
+    /// a merge left a head of its own.
     pub untie: bool,
     /// Keys added to or changed in `config.json`.
     pub config: serde_json::Map<String, Value>,
@@ -108,7 +109,7 @@ impl Model {
                 }
             }
             keys.remove("quantization_config");
-            if options.untie {
+            if self.unties(options) {
                 keys.insert("tie_word_embeddings".into(), false.into());
             }
             if let HeadSpec::Pooled { labels } | HeadSpec::Dense { labels } = self.config.head {
@@ -128,6 +129,11 @@ impl Model {
             keys.extend(options.config.clone());
         }
         serde_json::to_string_pretty(&raw).map_err(|e| Error::Input(e.to_string()))
+    }
+
+    /// Whether a tied architecture is written with a head of its own.
+    fn unties(&self, options: &ExportOptions) -> bool {
+        self.config.tied && (options.untie || self.embed.head().kept().is_some())
     }
 
     fn write_weights(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
@@ -174,15 +180,13 @@ impl Model {
     /// All tensors of the file in model order; a quantised matrix is made dense only when it is written.
     fn entries(&mut self, options: &ExportOptions) -> Result<Vec<safetensors::Entry<'static>>> {
         let dtype = options.dtype.unwrap_or(self.dtype());
-        let tied_head = (self.config.tied && options.untie).then(|| self.config.names.head.to_owned());
-        let table_path = format!("{}.{}", self.config.names.base, self.config.names.embed);
+        let own_head = self.unties(options).then(|| self.embed.head().kept().unwrap_or(self.embed.base()).clone());
         let mut entries = Vec::new();
         let small = |name: String, tensor: &Tensor| {
             let tensor = tensor.clone();
             let shape = tensor.dims().to_vec();
             safetensors::Entry { name, dtype, shape, values: Box::new(move || Ok(tensor)) }
         };
-        let mut head = None;
         self.walk(&mut |module| {
             let path = module.path().to_owned();
             match module {
@@ -207,20 +211,16 @@ impl Model {
                     }
                 }
                 ModuleMut::Embedding(embedding) => {
-                    let table = embedding.weight().frozen();
-                    if path == table_path {
-                        head = Some(table.clone());
-                    }
-                    entries.push(small(format!("{path}.weight"), table));
+                    entries.push(small(format!("{path}.weight"), embedding.weight().frozen()));
                 }
             }
             Ok(())
         })?;
-        if let Some(name) = tied_head {
-            let table = self.provenance.original_head(&table_path)?.or(head);
-            if let Some(table) = table {
-                entries.push(small(format!("{name}.weight"), &table));
-            }
+        if let Some(head) = own_head {
+            let shape = vec![head.d_out(), head.d_in()];
+            let name = format!("{}.weight", self.config.names.head);
+            let values = Box::new(move || Ok(head.dequantize(dtype)?));
+            entries.push(safetensors::Entry { name, dtype, shape, values });
         }
         Ok(entries)
     }

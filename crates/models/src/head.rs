@@ -55,7 +55,7 @@ impl Head {
     /// Scores of `hidden` [n, width]; of labels, where `hidden` holds the first tokens.
     pub(crate) fn forward(&self, hidden: &Tensor, embed: &Embedding, flow: &Flow) -> Result<Tensor> {
         Ok(match self {
-            Self::Tied => embed.scores(hidden)?,
+            Self::Tied => embed.scores(hidden, flow)?,
             Self::Untied(linear) => linear.forward(hidden, flow)?,
             Self::Classifier { inner, out } => out.forward(&inner.forward(hidden, flow)?.tanh()?, flow)?,
         })

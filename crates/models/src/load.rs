@@ -40,17 +40,9 @@ impl Provenance {
         }
     }
 
-    /// The token table as it is in the files: the head of a tied model whose table was changed alone.
-    pub(crate) fn original_head(&self, table: &str) -> Result<Option<candle_core::Tensor>> {
-        let Origin::Folder(files) = &self.origin else { return Ok(None) };
-        let name = format!("{table}.weight");
-        let bare = name.split_once('.').map_or(name.as_str(), |(_, rest)| rest);
-        for candidate in [name.as_str(), bare] {
-            if let Some(file) = files.file_of(candidate) {
-                return Ok(Some(file.load(candidate, &candle_core::Device::Cpu)?));
-            }
-        }
-        Ok(None)
+    /// Whether the weights come from a GGUF file, whose tensors are rounded.
+    pub(crate) fn is_gguf(&self) -> bool {
+        matches!(self.origin, Origin::Gguf(_))
     }
 
     /// Content hash of the weights as they were loaded, computed once.

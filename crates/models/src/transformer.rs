@@ -319,6 +319,14 @@ impl Host for Model {
         vec![self.config.names.head.to_owned()]
     }
 
+    fn tied_table(&self) -> Option<String> {
+        matches!(self.head, Head::Tied).then(|| self.embed.path().to_owned())
+    }
+
+    fn is_rounded(&self) -> bool {
+        self.provenance.is_gguf()
+    }
+
     fn base_hash(&self) -> espalier_adapters::Result<String> {
         self.provenance.hash()
     }

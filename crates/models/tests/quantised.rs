@@ -5,11 +5,14 @@ mod common;
 
 use std::collections::BTreeMap;
 
+use candle_core::quantized::QTensor;
+use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use common::{batch, difference, golden, logits, rows, tensors};
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut, ParameterMap};
 use espalier_kernels::cross_entropy::cross_entropy;
+use espalier_models::export::ExportOptions;
 use espalier_models::{LoadOptions, Model, Quantization};
 
 const BASES: &[&str] = &["gguf", "nf4", "nf4 double", "int8"];
@@ -173,6 +176,54 @@ fn merging_into_a_quantised_base_makes_it_dense_and_keeps_the_scores() {
             set.unmerge(&mut model, merged).unwrap();
             assert_eq!(difference(&logits(&model, &ids), &plain), 0.0, "{base} {method}");
         }
+    }
+}
+
+/// The golden GGUF file without its output head, so that the table is the head.
+fn tied_gguf(path: &std::path::Path) {
+    let mut source = std::fs::File::open(golden().join("gguf/tiny.gguf")).unwrap();
+    let content = Content::read(&mut source).unwrap();
+    let names: Vec<&String> = content.tensor_infos.keys().filter(|n| *n != "output.weight").collect();
+    let tensors: Vec<QTensor> = names.iter().map(|n| content.tensor(&mut source, n, &Device::Cpu).unwrap()).collect();
+    let tensors: Vec<(&str, &QTensor)> = names.iter().map(|n| n.as_str()).zip(&tensors).collect();
+    let metadata: Vec<(&str, &Value)> = content.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+#[test]
+fn a_table_merged_alone_leaves_the_old_head_in_a_tied_gguf() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("tied.gguf");
+    tied_gguf(&path);
+    let ids = open("gguf").1;
+    for tie in [false, true] {
+        let mut model = Model::load(&path, &LoadOptions::cpu()).unwrap();
+        assert!(model.config().tied);
+        let plain = logits(&model, &ids);
+        let targets = serde_json::from_value(serde_json::json!({"target_modules": ["embed_tokens"]})).unwrap();
+        let method = MethodConfig::by_name("lora").unwrap();
+        let config = AdapterConfig { targets, tie_weights: tie, ..AdapterConfig::new(method) };
+        let attached = attach(&mut model, &config, Origin::Seed(3), DType::F32, &Device::Cpu).unwrap();
+        for p in attached.parameters.trainable() {
+            let wave = Tensor::arange(0f32, p.tensor.elem_count() as f32, &Device::Cpu).unwrap().sin().unwrap();
+            p.var().unwrap().set(&wave.reshape(p.tensor.shape()).unwrap()).unwrap();
+        }
+        let mut set = AdapterSet::new();
+        set.add("a", attached).unwrap();
+        set.activate(&mut model, &[("a", 1.0)]).unwrap();
+        let adapted = logits(&model, &ids);
+        let merged = set.merge(&mut model, DType::F32).unwrap();
+        assert_eq!(merged.unties, !tie);
+        let d = difference(&logits(&model, &ids), &adapted);
+        assert!(d < 1e-3, "tie {tie}: in memory {d}");
+        let out = temp.path().join(format!("merged-{tie}"));
+        model.export(&out, &ExportOptions::default()).unwrap();
+        let again = common::load(&out);
+        assert_eq!(again.config().tied, tie);
+        let d = difference(&logits(&again, &ids), &adapted);
+        assert!(d < 1e-3, "tie {tie}: written {d}");
+        set.unmerge(&mut model, merged).unwrap();
+        assert_eq!(difference(&logits(&model, &ids), &plain), 0.0);
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{atomic, peft_config, safetensors};
-use crate::attach::{Attached, Origin, attach, candidates};
+use super::{atomic, copies, peft_config, safetensors, tied};
+use crate::attach::{Attached, BaseCheck, Origin, attach, candidates};
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
 use crate::parameter::ParameterMap;
@@ -67,7 +67,7 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
     let mut config = read_config(folder)?;
     let path = folder.join(WEIGHTS_FILE);
     let file = safetensors::MappedFile::open(&path)?;
-    config.base_hash = file.metadata()?.remove(BASE_HASH_KEY);
+    config.base_hash = file.metadata().get(BASE_HASH_KEY).cloned();
     let mut tensors = BTreeMap::new();
     let mut copies = BTreeMap::new();
     for (key, tensor) in file.load_all(&Device::Cpu)? {
@@ -146,12 +146,19 @@ pub fn load(
     dtype: DType,
     device: &Device,
 ) -> Result<Attached> {
-    if let (Some(expected), false) = (&files.config.base_hash, allow_base) {
-        let found = host.base_hash()?;
-        if *expected != found {
-            return Err(Error::WrongBase { path: files.path, expected: expected.clone(), found });
+    let base = match &files.config.base_hash {
+        None => BaseCheck::NoHash,
+        Some(expected) => {
+            let found = host.base_hash()?;
+            match (*expected == found, allow_base) {
+                (true, _) => BaseCheck::Same,
+                (false, true) => BaseCheck::Forced,
+                (false, false) => {
+                    return Err(Error::WrongBase { path: files.path, expected: expected.clone(), found });
+                }
+            }
         }
-    }
+    };
     let turned = transposed(host)?;
     for (name, tensor) in &mut files.tensors {
         if is_transposed(name, &turned) {
@@ -159,42 +166,12 @@ pub fn load(
         }
     }
     let path = files.path.join(WEIGHTS_FILE);
-    check_copies(host, &path, &files.copies)?;
-    attach(host, &files.config, Origin::File { path: &path, tensors: files.tensors }, dtype, device)
-}
-
-/// Whether copies of base weights in an adapter's file are what the base has.
-fn check_copies(host: &mut dyn Host, path: &Path, copies: &BTreeMap<String, Tensor>) -> Result<()> {
-    let mut left: BTreeSet<&str> = copies.keys().map(String::as_str).collect();
-    host.walk(&mut |module| {
-        let name = format!("{}.weight", module.path());
-        let Some(copy) = copies.get(&name) else { return Ok(()) };
-        let own = match module {
-            ModuleMut::Linear(linear) => linear.base().dequantize(DType::F32)?,
-            ModuleMut::Embedding(embedding) => embedding.weight().frozen().to_dtype(DType::F32)?,
-            ModuleMut::Norm(norm) => norm.weight().frozen().to_dtype(DType::F32)?,
-        };
-        let copy = copy.to_dtype(DType::F32)?.to_device(own.device())?;
-        let same = own.dims() == copy.dims()
-            && own.flatten_all()?.to_vec1::<f32>()? == copy.flatten_all()?.to_vec1::<f32>()?;
-        if !same {
-            return Err(Error::format(
-                path,
-                format!(
-                    "`{name}`: the file's copy of the base weight differs from the base's; it was made for another base"
-                ),
-            ));
-        }
-        left.remove(name.as_str());
-        Ok(())
-    })?;
-    // A tied head is the token table under another name.
-    match left.into_iter().find(|name| !host.head_paths().iter().any(|h| *name == format!("{h}.weight"))) {
-        Some(name) => {
-            Err(Error::format(path, format!("`{name}`: a copy of a base weight that the model does not have")))
-        }
-        None => Ok(()),
+    copies::check(host, &path, &files.copies, &turned)?;
+    if files.config.tie_weights {
+        tied::take(host, &path, &mut files.tensors)?;
     }
+    let attached = attach(host, &files.config, Origin::File { path: &path, tensors: files.tensors }, dtype, device)?;
+    Ok(Attached { base, ..attached })
 }
 
 /// The parameters as they are saved, with the settings that go with them: portable where the method would otherwise need
@@ -242,6 +219,21 @@ fn listed_targets(host: &mut dyn Host, adapter: &Attached) -> Result<Pattern> {
     }))
 }
 
+/// Whether something of a token table or of the head beside it is trained.
+fn trains_embedding(host: &mut dyn Host, adapter: &Attached) -> Result<bool> {
+    let heads = host.head_paths();
+    let mut found = !adapter.rows.is_empty();
+    found |= host.tied_table().is_some() && adapter.dense.iter().any(|d| heads.contains(&d.path));
+    host.walk(&mut |module| {
+        if let ModuleMut::Embedding(table) = module {
+            let path = table.path();
+            found |= adapter.layers.contains_key(path) || adapter.dense.iter().any(|d| d.path == path);
+        }
+        Ok(())
+    })?;
+    Ok(found)
+}
+
 /// Writes the adapter into `folder` (created if absent; other files in it stay).
 ///
 /// # Errors
@@ -258,9 +250,11 @@ pub fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Sa
         let tensor = if is_transposed(&p.name, &turned) { tensor.t()?.contiguous()? } else { tensor };
         entries.push(safetensors::Entry::of(key_of(&p.name, &layers), &tensor));
     }
+    let repeated = if config.tie_weights { tied::repeated(host, &parameters)? } else { Vec::new() };
+    entries.extend(repeated.iter().map(|(name, t)| safetensors::Entry::of(format!("{PREFIX}{name}"), t)));
     let tensors = entries.len();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), (BASE_HASH_KEY.to_owned(), hash)]);
-    let json = peft_config::to_json(&config)?;
+    let json = peft_config::to_json(&config, trains_embedding(host, adapter)?)?;
     let text =
         serde_json::to_string_pretty(&json).map_err(|e| Error::format(folder.join(CONFIG_FILE), e.to_string()))?;
     let mut bytes = 0;

@@ -2,7 +2,9 @@
 //! crate that opens files.
 
 pub mod atomic;
+mod copies;
 pub mod folder;
 pub mod hash;
 pub mod peft_config;
 pub mod safetensors;
+mod tied;

@@ -16,7 +16,6 @@ use crate::{Error, Result};
 const INFORMATIVE: &[&str] = &[
     "auto_mapping",
     "inference_mode",
-    "revision",
     "peft_version",
     "fan_in_fan_out",
     "megatron_core",
@@ -26,15 +25,15 @@ const INFORMATIVE: &[&str] = &[
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "transformers_version",
 ];
 
-/// Writes `config`; keys of the method come from the method itself.
+/// Writes `config`; keys of the method come from the method itself. `trains_embedding`: something of the token table or the output
+/// head is trained, so that it matters whether the two stay tied.
 ///
 /// # Errors
 /// If a value cannot be written as JSON.
-pub fn to_json(config: &AdapterConfig) -> Result<Value> {
+pub fn to_json(config: &AdapterConfig, trains_embedding: bool) -> Result<Value> {
     let mut keys = match config.method.to_peft() {
         Some(keys) => keys,
         None => {
@@ -55,10 +54,10 @@ pub fn to_json(config: &AdapterConfig) -> Result<Value> {
     put("inference_mode", true.into());
     put("layer_replication", Value::Null);
     put("modules_to_save", if config.modules_to_save.is_empty() { Value::Null } else { json!(config.modules_to_save) });
-    put("revision", Value::Null);
+    put("revision", json!(config.revision));
     put("task_type", value(&config.task)?);
     put("trainable_token_indices", value(&config.trainable_tokens)?);
-    if config.tie_weights && trains_embedding(config) {
+    if config.tie_weights && trains_embedding {
         put("ensure_weight_tying", true.into());
     }
     let targets = object(&config.targets)?;
@@ -71,10 +70,6 @@ pub fn to_json(config: &AdapterConfig) -> Result<Value> {
     let mut sorted: Vec<_> = keys.into_iter().collect();
     sorted.sort_by(|x, y| x.0.cmp(&y.0));
     Ok(Value::Object(sorted.into_iter().collect()))
-}
-
-fn trains_embedding(config: &AdapterConfig) -> bool {
-    config.modules_to_save.iter().any(|m| m.contains("embed") || m.contains("wte")) || config.trainable_tokens.is_some()
 }
 
 /// Reads a file's JSON.
@@ -111,6 +106,7 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
         tie_weights: take("ensure_weight_tying").map_or(Ok(false), |v| parse("ensure_weight_tying", v))?,
         task: take("task_type").map(|v| parse("task_type", v)).transpose()?,
         base: take("base_model_name_or_path").map(|v| parse("base_model_name_or_path", v)).transpose()?,
+        revision: take("revision").map(|v| parse("revision", v)).transpose()?,
         base_hash: None,
         method,
     };

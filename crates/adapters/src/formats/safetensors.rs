@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -12,11 +13,21 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::atomic;
 use crate::{Error, Result};
 
-/// A safetensors file mapped into memory.
+/// A safetensors file mapped into memory, its header read once.
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
     map: Mmap,
+    places: BTreeMap<String, Place>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// Where a tensor is.
+#[derive(Debug)]
+struct Place {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
 }
 
 impl MappedFile {
@@ -29,60 +40,32 @@ impl MappedFile {
         // SAFETY: the map is read-only; a file changed by another process while it is mapped would change the values read,
         // as with any reader of a file being written, but every access is bounds-checked against the mapped length.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let mapped = Self { path: path.to_owned(), map };
-        mapped.tensors()?;
-        mapped.check_names()?;
-        Ok(mapped)
-    }
-
-    /// Whether the header has every name once: of two entries the reader would take one in silence.
-    fn check_names(&self) -> Result<()> {
-        let end = self.map.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes) as usize;
-        let header = self.map.get(8..end.saturating_add(8)).unwrap_or_default();
-        let Names(mut names) = serde_json::from_slice(header).map_err(|e| Error::format(&self.path, e.to_string()))?;
-        names.sort_unstable();
-        match names.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(Error::format(&self.path, format!("tensor `{}` is twice in the header", pair[0]))),
-            None => Ok(()),
-        }
-    }
-
-    fn tensors(&self) -> Result<SafeTensors<'_>> {
-        SafeTensors::deserialize(&self.map).map_err(|e| Error::format(&self.path, self.describe(&e)))
-    }
-
-    fn describe(&self, error: &safetensors::SafeTensorError) -> String {
-        let length = self.map.len();
-        let header = self.map.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
-        match header {
-            None => format!("not a safetensors file: {length} bytes are too few for a header"),
-            Some(n) if n.saturating_add(8) > length as u64 => {
-                format!("truncated or not a safetensors file: the header should take {n} bytes, the file has {length}")
-            }
-            Some(_) => format!("truncated or malformed safetensors file of {length} bytes ({error})"),
-        }
+        // The library checks sizes and offsets against the length of the file.
+        let wrong = |e| Error::format(path, describe(&map, &e));
+        SafeTensors::deserialize(&map).map_err(wrong)?;
+        let (length, header) = SafeTensors::read_metadata(&map).map_err(wrong)?;
+        check_names(path, &map)?;
+        let start = length + 8;
+        let places = header.tensors().into_iter().map(|(name, info)| {
+            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+            (name, Place { dtype: info.dtype, shape: info.shape.clone(), bytes })
+        });
+        let places = places.collect();
+        let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+        Ok(Self { path: path.to_owned(), map, places, metadata })
     }
 
     /// Names, dtypes and shapes in name order.
     ///
     /// # Errors
-    /// If the header is malformed.
+    /// None any more: the header was read when the file was opened.
     pub fn entries(&self) -> Result<Vec<(String, Dtype, Vec<usize>)>> {
-        let tensors = self.tensors()?;
-        let mut entries: Vec<_> =
-            tensors.tensors().into_iter().map(|(name, view)| (name, view.dtype(), view.shape().to_vec())).collect();
-        entries.sort_by(|x, y| x.0.cmp(&y.0));
-        Ok(entries)
+        Ok(self.places.iter().map(|(name, p)| (name.clone(), p.dtype, p.shape.clone())).collect())
     }
 
     /// The header's free metadata.
-    ///
-    /// # Errors
-    /// If the header is malformed.
-    pub fn metadata(&self) -> Result<BTreeMap<String, String>> {
-        let (_, header) =
-            SafeTensors::read_metadata(&self.map).map_err(|e| Error::format(&self.path, self.describe(&e)))?;
-        Ok(header.metadata().clone().unwrap_or_default().into_iter().collect())
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
     }
 
     /// The bytes of one tensor, with dtype and shape.
@@ -90,8 +73,11 @@ impl MappedFile {
     /// # Errors
     /// If there is no such tensor.
     pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
-        let tensors = self.tensors()?;
-        tensors.tensor(name).map_err(|_| Error::format(&self.path, format!("no tensor named `{name}`")))
+        let missing = || Error::format(&self.path, format!("no tensor named `{name}`"));
+        let place = self.places.get(name).ok_or_else(missing)?;
+        let bytes = self.map.get(place.bytes.clone()).ok_or_else(missing)?;
+        let fault = |e| Error::format(&self.path, format!("tensor `{name}`: {e}"));
+        TensorView::new(place.dtype, place.shape.clone(), bytes).map_err(fault)
     }
 
     /// One tensor on `device`, in the file's dtype.
@@ -111,12 +97,36 @@ impl MappedFile {
     /// # Errors
     /// As [`Self::load`].
     pub fn load_all(&self, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-        self.entries()?.into_iter().map(|(name, ..)| Ok((name.clone(), self.load(&name, device)?))).collect()
+        self.places.keys().map(|name| Ok((name.clone(), self.load(name, device)?))).collect()
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// Whether the header has every name once: of two entries the reader would take one in silence.
+fn check_names(path: &Path, map: &[u8]) -> Result<()> {
+    let end = map.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes) as usize;
+    let header = map.get(8..end.saturating_add(8)).unwrap_or_default();
+    let Names(mut names) = serde_json::from_slice(header).map_err(|e| Error::format(path, e.to_string()))?;
+    names.sort_unstable();
+    match names.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(Error::format(path, format!("tensor `{}` is twice in the header", pair[0]))),
+        None => Ok(()),
+    }
+}
+
+fn describe(map: &[u8], error: &safetensors::SafeTensorError) -> String {
+    let length = map.len();
+    let header = map.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+    match header {
+        None => format!("not a safetensors file: {length} bytes are too few for a header"),
+        Some(n) if n.saturating_add(8) > length as u64 => {
+            format!("truncated or not a safetensors file: the header should take {n} bytes, the file has {length}")
+        }
+        Some(_) => format!("truncated or malformed safetensors file of {length} bytes ({error})"),
     }
 }
 

@@ -33,8 +33,7 @@ impl Method for Dora {
             ));
         }
         let lora = self.0.factors(site, init)?;
-        let start = row_norms(&site.base, &lora)?.to_dtype(init.dtype)?;
-        let magnitude = init.copy_of("lora_magnitude_vector", &start)?;
+        let magnitude = init.trainable("lora_magnitude_vector", site.d_out, |_, _, _| row_norms(&site.base, &lora))?;
         Ok(DoraLayer { lora, magnitude, base_square: OnceLock::new() })
     }
 

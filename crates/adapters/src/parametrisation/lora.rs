@@ -81,8 +81,15 @@ impl Lora {
     /// Reads PEFT's keys of a LORA file whose `use_dora` equals `dora`.
     pub(crate) fn from_peft_keys(keys: &mut Map<String, Value>, dora: bool) -> Result<Option<Self>> {
         let is = |key: &str, value: &Value| keys.get(key).unwrap_or(&Value::Null) == value;
-        let use_dora = is("use_dora", &Value::Bool(true));
-        if !is("peft_type", &Value::from("LORA")) || use_dora != dora {
+        if !is("peft_type", &Value::from("LORA")) {
+            return Ok(None);
+        }
+        let use_dora = match keys.get("use_dora") {
+            None | Some(Value::Null) => false,
+            Some(Value::Bool(value)) => *value,
+            Some(other) => return Err(Error::config("use_dora", format!("{other} is neither true nor false"))),
+        };
+        if use_dora != dora {
             return Ok(None);
         }
         keys.remove("peft_type");

@@ -172,6 +172,11 @@ impl Host for Skeleton {
         vec![self.head.into()]
     }
 
+    fn tied_table(&self) -> Option<String> {
+        let apart = self.linears.iter().any(|l| l.path() == self.head);
+        self.embeddings.first().filter(|_| !apart).map(|e| e.path().to_owned())
+    }
+
     fn base_hash(&self) -> Result<String> {
         Ok(self.hash.clone())
     }
