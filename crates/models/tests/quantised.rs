@@ -227,6 +227,62 @@ fn a_table_merged_alone_leaves_the_old_head_in_a_tied_gguf() {
     }
 }
 
+/// A GGUF header of version 3 by hand: key-value pairs, then tensors (name, dimensions, type, offset), then `data` zero bytes.
+fn by_hand(pairs: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64], u32, u64)], data: usize) -> Vec<u8> {
+    let text = |s: &str| [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat();
+    let mut out = [&b"GGUF"[..], &3u32.to_le_bytes()].concat();
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend((pairs.len() as u64).to_le_bytes());
+    for (key, kind, value) in pairs {
+        out.extend([&text(key)[..], &kind.to_le_bytes(), value].concat());
+    }
+    for (name, dims, kind, offset) in tensors {
+        out.extend([&text(name)[..], &(dims.len() as u32).to_le_bytes()].concat());
+        dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
+        out.extend([&kind.to_le_bytes()[..], &offset.to_le_bytes()].concat());
+    }
+    out.resize(out.len().next_multiple_of(32) + data, 0);
+    out
+}
+
+#[test]
+fn fields_of_a_gguf_header_are_checked_and_named() {
+    const TABLE: &str = "token_embd.weight";
+    let arch = [&5u64.to_le_bytes()[..], b"llama"].concat();
+    let arch = ("general.architecture", 8, arch.as_slice());
+    let (zero, big) = (0u32.to_le_bytes(), u64::MAX.to_le_bytes());
+    let endless = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat().repeat(40);
+    let table: (&str, &[u64], u32, u64) = (TABLE, &[4, 2], 0, 0);
+    for (bytes, field) in [
+        (by_hand(&[arch, ("general.alignment", 4, &zero)], &[table], 64), "general.alignment"),
+        (by_hand(&[arch, ("general.alignment", 10, &big)], &[table], 64), "general.alignment"),
+        (by_hand(&[arch, ("a.text", 8, &big)], &[table], 64), "a.text"),
+        (by_hand(&[arch, ("a.list", 9, &[&4u32.to_le_bytes()[..], &big].concat())], &[table], 64), "a.list"),
+        (by_hand(&[arch, ("a.list", 9, &endless)], &[table], 64), "a.list"),
+        (by_hand(&[arch, ("a.flag", 7, &[2])], &[table], 64), "a.flag"),
+        (by_hand(&[arch, ("a.kind", 99, &[2])], &[table], 64), "a.kind"),
+        (by_hand(&[arch, arch], &[table], 64), "general.architecture"),
+        (by_hand(&[arch], &[(TABLE, &[], 0, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[8], 0, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[0, 2], 0, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[1 << 62], 0, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[1 << 32, 1 << 32], 0, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[4, 2], 4, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[4, 8], 2, 0)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[4, 2], 0, 8)], 64), TABLE),
+        (by_hand(&[arch], &[(TABLE, &[4, 2], 0, u64::MAX - 31)], 64), TABLE),
+        (by_hand(&[arch], &[table, table], 64), TABLE),
+        (by_hand(&[arch], &[table, ("output.weight", &[4, 2], 0, 0)], 64), "output.weight"),
+        (by_hand(&[arch], &[table, ("rope_freqs.weight", &[1 << 62], 0, 32)], 64), "rope_freqs.weight"),
+        (by_hand(&[arch, ("llama.block_count", 10, &big)], &[table], 64), "llama.block_count"),
+    ] {
+        let temp = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
+        std::fs::write(temp.path(), bytes).unwrap();
+        let error = Model::load(temp.path(), &LoadOptions::cpu()).unwrap_err().to_string();
+        assert!(error.contains(field), "{field}: {error}");
+    }
+}
+
 #[test]
 fn rounding_stays_within_the_steps_of_the_storage() {
     let folder = golden().join("families/llama_gqa_tied");
@@ -260,6 +316,18 @@ fn a_broken_gguf_file_is_refused_by_name() {
         std::fs::write(&path, &bytes).unwrap();
         // Not every byte matters (names in the metadata); none may stop the program.
         let _ = Model::load(&path, &LoadOptions::cpu());
+    }
+    // Every field of the header at its limits.
+    let header = whole.windows(12).rposition(|w| w == b"output.weigh" as &[u8]).unwrap() + 64;
+    let values = [0, 1, 7, 1 << 31, (1 << 61) + 2, 1 << 62, u64::MAX / 8 + 1, u64::MAX];
+    for (i, at) in (0..header).step_by(3).enumerate() {
+        let (value, width) = (values[i % values.len()], [4, 8][(i / values.len()) % 2]);
+        let mut bytes = whole.clone();
+        bytes[at..at + width].copy_from_slice(&u64::to_le_bytes(value)[..width]);
+        std::fs::write(&path, &bytes).unwrap();
+        if let Err(error) = Model::load(&path, &LoadOptions::cpu()) {
+            assert!(!error.to_string().is_empty());
+        }
     }
     std::fs::write(&path, "not a model").unwrap();
     let message = Model::load(&path, &LoadOptions::cpu()).unwrap_err().to_string();

@@ -4,6 +4,7 @@
 pub mod atomic;
 mod copies;
 pub mod folder;
+pub mod gguf;
 pub mod hash;
 pub mod peft_config;
 pub mod safetensors;

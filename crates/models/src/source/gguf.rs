@@ -13,8 +13,9 @@ use std::sync::Arc;
 use candle_core::quantized::gguf_file::Content;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
-use espalier_adapters::FrozenWeight;
+use espalier_adapters::formats::gguf as header;
 use espalier_adapters::formats::hash::of_parts;
+use espalier_adapters::{Error as AdapterError, FrozenWeight};
 
 use super::gguf_names::{ARCHITECTURES, config, tensor_name};
 use super::{LoadOptions, WeightSource};
@@ -37,12 +38,11 @@ pub(crate) struct GgufSource {
 }
 
 fn read(path: &Path) -> Result<(Content, BufReader<File>)> {
-    let mut reader = BufReader::new(File::open(path).map_err(|e| Error::io(path, e))?);
-    let content = Content::read(&mut reader).map_err(|e| Error::NotAModel {
-        path: path.to_owned(),
-        message: format!("not a GGUF file, or truncated: {e}"),
-    })?;
-    Ok((content, reader))
+    header::open(path).map_err(|e| match e {
+        AdapterError::Format { path, message } => Error::NotAModel { path, message },
+        AdapterError::Io { path, source } => Error::Io { path, source },
+        other => other.into(),
+    })
 }
 
 /// One stored tensor, with the file's name in its error.
@@ -75,16 +75,28 @@ pub(crate) fn open(path: &Path) -> Result<(ModelConfig, GgufSource)> {
     let mut json = config(&arch, family, &content.metadata);
     let embed = content.tensor_infos.get("token_embd.weight").ok_or_else(|| wrong("no `token_embd.weight`".into()))?;
     let tied = !content.tensor_infos.contains_key("output.weight");
-    json.insert("vocab_size".into(), embed.shape.dims()[0].into());
+    let [vocab, _] = *embed.shape.dims() else {
+        return Err(wrong(format!("`token_embd.weight` has shape {:?}, expected a matrix", embed.shape.dims())));
+    };
+    // Every block has tensors of its own.
+    let blocks = json.get("num_hidden_layers").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    if blocks > content.tensor_infos.len() as u64 {
+        let n = content.tensor_infos.len();
+        return Err(wrong(format!("`{arch}.block_count` is {blocks}, but the file has {n} tensors")));
+    }
+    json.insert("vocab_size".into(), vocab.into());
     json.insert("tie_word_embeddings".into(), tied.into());
     if content.tensor_infos.contains_key("blk.0.attn_output.bias") {
         json.insert("attention_bias".into(), true.into());
     }
     let mut taken = BTreeSet::new();
     let mut config = ModelConfig::from_json(path, json.into())?;
+    let rotated = if let Positions::Rope(rope) = &config.positions { rope.dim / 2 } else { 0 };
     let mut factors = |name: &str| -> Result<Option<Vec<f64>>> {
-        if !content.tensor_infos.contains_key(name) {
-            return Ok(None);
+        let Some(info) = content.tensor_infos.get(name) else { return Ok(None) };
+        if info.shape.dims() != [rotated] {
+            let found = info.shape.dims().to_vec();
+            return Err(Error::Shape { path: path.to_owned(), tensor: name.into(), expected: vec![rotated], found });
         }
         taken.insert(name.to_owned());
         let values = stored(path, &content, &mut reader, name, &Device::Cpu)?.dequantize(&Device::Cpu)?;
@@ -158,7 +170,11 @@ impl GgufSource {
         }
         self.taken.insert(own);
         match heads {
-            Some(heads) => Ok(Some(deinterleave(&tensor, heads, device)?)),
+            Some(heads) if shape[0].is_multiple_of(2 * heads.max(1)) => Ok(Some(deinterleave(&tensor, heads, device)?)),
+            Some(heads) => Err(Error::NotAModel {
+                path: self.path.clone(),
+                message: format!("`{name}`: {} rows are no {heads} heads of an even width", shape[0]),
+            }),
             None => Ok(Some(tensor)),
         }
     }
