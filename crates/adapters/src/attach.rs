@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 
 use crate::adapter::{Adapter, Init, Site, Source};
+pub use crate::base::BaseCheck;
 use crate::config::{AdapterConfig, BiasMode, TokenIndices};
 use crate::module::{Host, ModuleMut, TokenRows};
 use crate::parameter::ParameterMap;
@@ -46,17 +47,6 @@ pub struct Attached {
     pub parameters: ParameterMap,
     /// What is known of the base that the adapter was made for.
     pub base: BaseCheck,
-}
-
-/// What is known of the base that an adapter was made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BaseCheck {
-    /// It is the model at hand: made on it, or its content hash is the one in the file.
-    Same,
-    /// It was not checked: the file holds no content hash (other tools write none).
-    NoHash,
-    /// The hash in the file is another one, and was overruled.
-    Forced,
 }
 
 /// Where the tensors come from.

@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod attach;
+mod base;
 pub mod combine;
 pub mod config;
 pub mod decomposition;

@@ -29,6 +29,11 @@ impl Output {
         line(&text)
     }
 
+    /// What must be said whatever the form of the result.
+    pub(crate) fn note(self, text: impl Display) {
+        eprintln!("note: {text}");
+    }
+
     /// A message for people.
     pub(crate) fn message(self, text: impl Display) {
         if !self.json {

@@ -65,6 +65,14 @@ pub enum Error {
         /// The file's shape.
         found: Vec<usize>,
     },
+    /// A folder to be written holds something that must not be lost.
+    #[error("{}: {message}", path.display())]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+        /// What it holds.
+        message: String,
+    },
     /// An input does not fit the model.
     #[error("{0}")]
     Input(String),
@@ -80,6 +88,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Adapter(e) => e.hint(),
+            Self::Occupied { .. } => Some("name a new folder, or clear this one by hand".into()),
             Self::NotAModel { .. } => {
                 Some("give a Hugging Face model folder (config.json and *.safetensors) or a .gguf file".into())
             }

@@ -8,6 +8,7 @@ use espalier_adapters::formats::{atomic, safetensors};
 use espalier_adapters::{Host, ModuleMut};
 use serde_json::{Value, json};
 
+use crate::claim::{MARK, claim};
 use crate::config::HeadSpec;
 use crate::transformer::Model;
 use crate::{Error, Result};
@@ -44,7 +45,7 @@ pub struct Exported {
 }
 
 /// Files beside the weights that belong to a model.
-const COMPANIONS: &[&str] = &[
+pub(crate) const COMPANIONS: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -78,19 +79,29 @@ impl Model {
     /// Writes the base weights, with what was merged into them, as a model folder. Adapters in the slots are not written.
     ///
     /// # Errors
-    /// If a file cannot be written; an earlier folder is whole then.
+    /// If `folder` holds anything but an earlier export or is the base itself, or a file cannot be written; an earlier folder is
+    /// whole then.
     pub fn export(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
+        claim(folder, self.provenance.path())?;
         let mut written = Exported { tensors: 0, files: 0, bytes: 0 };
-        let companions = self.provenance.path().map(Path::to_owned);
         atomic::replace_folder(folder, |temp| -> Result<()> {
-            written = self.write_weights(temp, options)?;
-            let config = self.config_json(options)?;
-            atomic::write(&temp.join("config.json"), |out| writeln!(out, "{config}"))?;
-            if let Some(from) = companions.as_deref().filter(|p| p.is_dir()) {
-                copy_companions(from, temp)?;
-            }
+            written = self.write(temp, options)?;
             Ok(())
         })?;
+        Ok(written)
+    }
+
+    /// Writes what [`Self::export`] does into `folder`, which exists; for callers that replace a folder themselves.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
+        let written = self.write_weights(folder, options)?;
+        let config = self.config_json(options)?;
+        atomic::write(&folder.join("config.json"), |out| writeln!(out, "{config}"))?;
+        if let Some(from) = self.provenance.path().filter(|p| p.is_dir()) {
+            copy_companions(from, folder)?;
+        }
         Ok(written)
     }
 
@@ -153,7 +164,7 @@ impl Model {
             }
         }
         let files = shards.len();
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), (MARK.to_owned(), "model".to_owned())]);
         let mut written = Exported { tensors: 0, files, bytes: 0 };
         let mut map = serde_json::Map::new();
         let mut total = 0u64;

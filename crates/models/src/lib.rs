@@ -8,6 +8,7 @@ mod attention;
 mod block;
 mod builder;
 pub mod cache;
+pub mod claim;
 pub mod config;
 pub mod context;
 mod decoder;

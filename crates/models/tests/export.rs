@@ -56,13 +56,13 @@ fn a_model_comes_back_as_it_was() {
                 1 => assert_eq!(written.files, written.tensors, "{family}"),
                 _ => assert!(written.files >= 2, "{family}: {names:?}"),
             }
-            let mut again = load(&path);
+            let again = load(&path);
             assert_eq!(difference(&logits(&again, &ids), &before), 0.0, "{family}");
             assert_eq!(again.base_hash().unwrap(), hash, "{family}");
             assert_eq!(again.config().names, model.config().names, "{family}");
             // A second export over the first is the same folder.
             let first: Vec<_> = names.iter().map(|n| std::fs::read(path.join(n)).unwrap()).collect();
-            again.export(&path, &options).unwrap();
+            model.export(&path, &options).unwrap();
             let second: Vec<_> = files(&path).iter().map(|n| std::fs::read(path.join(n)).unwrap()).collect();
             assert!(first == second, "{family}: the second export differs");
         }
@@ -167,6 +167,42 @@ fn merged_models_score_as_the_adapted_ones() {
             assert!(!unties || !model.config().tied, "{case}");
         }
     }
+}
+
+#[test]
+fn only_what_was_written_here_is_replaced() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut model = load(&golden().join("families/llama_gqa_tied"));
+    let options = ExportOptions::default();
+    let refused = |model: &mut Model, path: &std::path::Path, word: &str| {
+        let before = files(path);
+        let error = model.export(path, &options).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+        assert_eq!(files(path), before, "{word}");
+    };
+    // A folder with something of the user's, even beside an export.
+    let mine = temp.path().join("mine");
+    model.export(&mine, &options).unwrap();
+    model.export(&mine, &options).unwrap();
+    std::fs::write(mine.join("notes.txt"), "years of work").unwrap();
+    refused(&mut model, &mine, "notes.txt");
+    assert_eq!(std::fs::read_to_string(mine.join("notes.txt")).unwrap(), "years of work");
+    // A model of other tools.
+    let other = temp.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden().join("families/llama1").join(name), other.join(name)).unwrap();
+    }
+    refused(&mut model, &other, "model.safetensors");
+    // The base, under whatever name, even one that was written here.
+    std::fs::remove_file(mine.join("notes.txt")).unwrap();
+    let mut again = load(&mine);
+    refused(&mut again, &mine, "base");
+    refused(&mut again, &mine.join("../mine"), "base");
+    // An empty folder is as good as none.
+    let empty = temp.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    model.export(&empty, &options).unwrap();
 }
 
 #[test]

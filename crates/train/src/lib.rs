@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod dynamics;
 pub mod error;
+pub mod export;
 pub mod memory;
 pub mod merge;
 pub mod objective;
@@ -20,6 +21,7 @@ pub mod setup;
 pub mod tape;
 pub mod trainer;
 mod training;
+pub mod verify;
 
 pub use error::{Error, Result};
 pub use observer::{Observer, Silent};

@@ -51,6 +51,9 @@ pub struct Plan {
     pub dtype: String,
     /// Storage of the frozen matrices and how many have it.
     pub storage: std::collections::BTreeMap<String, usize>,
+    /// What must be said of the adapter's base, where it was loaded and is not known to fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base_note: Option<String>,
     /// Method of the adapter.
     pub method: String,
     /// Adapted modules.
@@ -98,6 +101,7 @@ impl Run {
         dense
             .extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
         let method = attached.config.method.name().to_owned();
+        let base_note = crate::setup::base_note(attached, &self.model, &self.recipe.model);
         let trainable_parameters = attached.parameters.trainable_count();
         let mut storage = std::collections::BTreeMap::new();
         let mut base_parameters = 0;
@@ -128,6 +132,7 @@ impl Run {
             device: format!("{:?}", self.model.device().location()),
             dtype: format!("{:?}", self.model.dtype()).to_lowercase(),
             storage,
+            base_note,
             method,
             sites,
             patterns,

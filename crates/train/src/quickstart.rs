@@ -9,16 +9,17 @@ use espalier_adapters::formats::folder;
 use espalier_data::synthetic::{self, Generator, QUICKSTART_SKILL, Split};
 use espalier_data::{Message, Row};
 use espalier_infer::{GenerateOptions, end_ids, eval};
-use espalier_models::export::ExportOptions;
 use espalier_models::{LoadOptions, Model};
 use serde::Serialize;
 
+use crate::merge::{self, WriteOptions};
 use crate::observer::Observer;
 use crate::recipe::values::{DataList, DataSource};
 use crate::run::report::{Report, Sample, curves};
 use crate::session::{self, SessionOptions};
 use crate::trainer::{Run, Scope};
-use crate::{Error, Recipe, Result, merge, run::metrics};
+use crate::verify::Probe;
+use crate::{Error, Recipe, Result, run::metrics};
 
 /// What the quickstart found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -166,10 +167,14 @@ pub fn quickstart(
     let answers = |e: &eval::ExactMatch| e.pairs.iter().map(|p| p.answer.clone()).collect::<Vec<_>>();
     let reload_agrees = answers(&score(&fresh, &run, few)?) == answers(&score(&run.model, &run, few)?);
     say("5/5 merging the adapter into the base, saving, and asking the saved model");
-    let limit = if fresh.dtype() == DType::F32 { 1e-3 } else { 0.5 };
-    let merged = merge::merge_and_compare(&mut fresh, &mut adapters, limit)?;
     let merged_path = out.join("merged");
-    fresh.export(&merged_path, &ExportOptions { untie: merged.unties, ..ExportOptions::default() })?;
+    let probe = Probe::made(&fresh, &run.codec, &adapters)?;
+    let options = WriteOptions {
+        base: run.recipe.model.clone(),
+        command: "espalier quickstart".into(),
+        ..WriteOptions::new(&fresh)
+    };
+    let merged = merge::merge_into_folder(&mut fresh, &mut adapters, &merged_path, &options, &probe)?;
     let options = LoadOptions { dtype: fresh.dtype(), device, ..LoadOptions::cpu() };
     let saved = Model::load(&merged_path, &options)?;
     let accuracy_merged = score(&saved, &run, &rows)?.accuracy;
@@ -180,7 +185,7 @@ pub fn quickstart(
         accuracy_merged,
         test_rows: rows.len(),
         steps: session.outcome.steps,
-        merged_difference: merged.max_difference,
+        merged_difference: merged.written.comparison.max_difference,
         reload_agrees,
         seconds: began.elapsed().as_secs_f64(),
         adapter,

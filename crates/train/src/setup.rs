@@ -321,6 +321,13 @@ pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
     Ok(attach(model, &config, Origin::Seed(recipe.seed), DType::F32, &device)?)
 }
 
+/// What must be said of the base of a loaded adapter; `name` is the model as given.
+pub fn base_note(attached: &Attached, model: &Model, name: &str) -> Option<String> {
+    let path = model.provenance().path().map(|p| p.display().to_string()).unwrap_or_default();
+    let own = model.config().raw.get("_name_or_path").and_then(serde_json::Value::as_str).unwrap_or_default();
+    attached.base_note(&[name, &path, own])
+}
+
 /// All dense weights of a model, to train it whole.
 ///
 /// # Errors

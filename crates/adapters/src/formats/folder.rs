@@ -219,6 +219,26 @@ fn listed_targets(host: &mut dyn Host, adapter: &Attached) -> Result<Pattern> {
     }))
 }
 
+/// Whether an adapter may be written into `folder`: not into its base, and not over an adapter that another tool wrote.
+///
+/// # Errors
+/// If it may not.
+pub fn claim(folder: &Path, base: Option<&Path>) -> Result<()> {
+    let real = |p: &Path| p.canonicalize().ok();
+    if base.and_then(real).is_some_and(|base| real(folder) == Some(base)) {
+        return Err(Error::format(folder, "this is the base model itself; name another folder for the adapter"));
+    }
+    let (weights, config) = (folder.join(WEIGHTS_FILE), folder.join(CONFIG_FILE));
+    if !weights.exists() && !config.exists() {
+        return Ok(());
+    }
+    let ours = safetensors::MappedFile::open(&weights).is_ok_and(|f| f.metadata().contains_key(BASE_HASH_KEY));
+    match ours {
+        true => Ok(()),
+        false => Err(Error::format(folder, "the folder holds an adapter that was not written here; name another one")),
+    }
+}
+
 /// Whether something of a token table or of the head beside it is trained.
 fn trains_embedding(host: &mut dyn Host, adapter: &Attached) -> Result<bool> {
     let heads = host.head_paths();

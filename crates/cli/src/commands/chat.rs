@@ -25,7 +25,7 @@ pub(crate) struct Chat {
 
 impl Chat {
     pub(crate) fn run(self, out: Output) -> Result<()> {
-        let loaded = self.model.load()?;
+        let loaded = self.model.load(out)?;
         let options = self.sampling.options(end_ids(&loaded.model, &loaded.codec));
         let mut session = ChatSession::new(self.system.map(|s| Message::new("system", s)).into_iter().collect());
         out.message("one line is one message; /undo, /clear, /quit");

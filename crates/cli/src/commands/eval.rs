@@ -85,7 +85,7 @@ impl fmt::Display for Scores {
 
 impl Eval {
     pub(crate) fn run(self, out: Output) -> Result<()> {
-        let loaded = self.model.load()?;
+        let loaded = self.model.load(out)?;
         let classifier = loaded.model.config().labels().is_some();
         let metric = match (self.metric, classifier) {
             (Metric::Auto, true) => Metric::Classification,

@@ -6,10 +6,13 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use espalier_adapters::formats::folder;
-use espalier_models::export::ExportOptions;
+use espalier_models::export::{ExportOptions, copy_companions};
+use espalier_train::merge::{self, WriteOptions};
+use espalier_train::{export, merge::Written};
 use serde::Serialize;
 
-use super::model_args::ModelArgs;
+use super::model_args::{Loaded, ModelArgs};
+use super::probe::ProbeArgs;
 use crate::output::Output;
 
 /// Form of the result.
@@ -21,7 +24,7 @@ enum Form {
     Model,
 }
 
-/// Saves an adapter as a PEFT folder (checked against its base), or a base in another dtype.
+/// Saves an adapter in another form (checked against its base), or a base in another dtype.
 #[derive(Debug, Args)]
 pub(crate) struct Export {
     #[command(flatten)]
@@ -35,45 +38,101 @@ pub(crate) struct Export {
     /// Dtype of a model's files: f32, bf16, f16.
     #[arg(long)]
     save_dtype: Option<String>,
+    /// Read back what was written and compare its scores; nothing is left where they differ by more than the limit.
+    #[arg(long)]
+    verify: bool,
+    #[command(flatten)]
+    probe: ProbeArgs,
 }
 
 #[derive(Debug, Serialize)]
-struct Written {
+struct Report {
     path: PathBuf,
     tensors: usize,
     bytes: u64,
+    #[serde(flatten)]
+    verified: Option<Written>,
 }
 
-impl fmt::Display for Written {
+impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} tensors, {}", self.path.display(), self.tensors, crate::output::bytes(self.bytes))
+        write!(f, "{}: {} tensors, {}", self.path.display(), self.tensors, crate::output::bytes(self.bytes))?;
+        let Some(written) = &self.verified else { return Ok(()) };
+        writeln!(f)?;
+        super::probe::figures(f, "the files against the model in memory", &written.comparison, &written.probe)
     }
 }
 
 impl Export {
     pub(crate) fn run(self, out: Output) -> Result<()> {
-        let mut loaded = self.model.load()?;
-        match self.form {
-            Form::Peft => {
-                let names: Vec<String> = loaded.adapters.names().map(str::to_owned).collect();
-                let [name] = names.as_slice() else {
-                    bail!("{} adapters given; exactly one can be written as a PEFT folder", names.len());
-                };
-                let attached = loaded.adapters.get(name)?;
-                let saved = folder::save(&mut loaded.model, attached, &self.out)?;
-                out.result(&Written { path: self.out, tensors: saved.tensors, bytes: saved.bytes })
-            }
-            Form::Model => {
-                if !self.model.adapter.is_empty() {
-                    bail!("adapters are not part of this form; use merge-into-base to write them into the weights");
-                }
-                let dtype = match self.save_dtype.as_deref() {
-                    None => None,
-                    Some(name) => Some(espalier_train::setup::dtype(name, loaded.model.device())?),
-                };
-                let exported = loaded.model.export(&self.out, &ExportOptions { dtype, ..ExportOptions::default() })?;
-                out.result(&Written { path: self.out, tensors: exported.tensors, bytes: exported.bytes })
-            }
+        if self.probe.is_given() && !self.verify {
+            bail!("--probe and --tolerance have no use without --verify");
         }
+        let mut loaded = self.model.load(out)?;
+        let report = match self.form {
+            Form::Peft => self.adapter(&mut loaded)?,
+            Form::Model => self.base(&mut loaded)?,
+        };
+        out.result(&report)
+    }
+
+    fn options(&self, loaded: &Loaded, export: ExportOptions) -> WriteOptions {
+        WriteOptions {
+            limit: self.probe.limit(&loaded.model, &export),
+            export,
+            tokenizer: self.model.tokenizer.as_ref().map(PathBuf::from),
+            base: self.model.base_name(&loaded.model),
+            command: super::train::command_line(),
+        }
+    }
+
+    fn report(&self, written: Written) -> Report {
+        Report { path: self.out.clone(), tensors: written.tensors, bytes: written.bytes, verified: Some(written) }
+    }
+
+    fn adapter(&self, loaded: &mut Loaded) -> Result<Report> {
+        if self.save_dtype.is_some() {
+            bail!("--save-dtype is for models; adapters are written in f32");
+        }
+        let active = loaded.adapters.active().to_vec();
+        let [(name, weight)] = active.as_slice() else {
+            bail!("{} adapters given; exactly one can be written", active.len());
+        };
+        if *weight != 1.0 {
+            bail!("adapter {name} has the weight {weight}, which has no place in the file; give it without one");
+        }
+        if self.verify {
+            let probe = self.probe.probe(loaded)?;
+            let options = self.options(loaded, ExportOptions::default());
+            let (model, adapters) = (&mut loaded.model, &mut loaded.adapters);
+            return Ok(self.report(export::adapter_verified(model, adapters, name, &self.out, &options, &probe)?));
+        }
+        folder::claim(&self.out, loaded.model.provenance().path())?;
+        let saved = folder::save(&mut loaded.model, loaded.adapters.get(name)?, &self.out)?;
+        Ok(Report { path: self.out.clone(), tensors: saved.tensors, bytes: saved.bytes, verified: None })
+    }
+
+    fn base(&self, loaded: &mut Loaded) -> Result<Report> {
+        if !self.model.adapter.is_empty() {
+            bail!("adapters are not part of this form; use merge-into-base to write them into the weights");
+        }
+        let dtype = match self.save_dtype.as_deref() {
+            None => None,
+            Some(name) => Some(espalier_train::setup::dtype(name, loaded.model.device())?),
+        };
+        let export = ExportOptions { dtype, ..ExportOptions::default() };
+        if self.verify {
+            let probe = self.probe.probe(loaded)?;
+            let reference = probe.scores(&loaded.model)?;
+            let options = self.options(loaded, export);
+            let model = &mut loaded.model;
+            let written = merge::write_verified(model, &self.out, &options, &probe, &reference, "copy", Vec::new())?;
+            return Ok(self.report(written));
+        }
+        let exported = loaded.model.export(&self.out, &export)?;
+        if let Some(tokenizer) = &self.model.tokenizer {
+            copy_companions(std::path::Path::new(tokenizer), &self.out)?;
+        }
+        Ok(Report { path: self.out.clone(), tensors: exported.tensors, bytes: exported.bytes, verified: None })
     }
 }

@@ -113,7 +113,7 @@ impl Generate {
         if prompts.is_empty() {
             bail!("no prompt: give --prompt TEXT or --prompt-file FILE");
         }
-        let loaded = self.model.load()?;
+        let loaded = self.model.load(out)?;
         let ids = prompts
             .iter()
             .map(|text| match self.chat {

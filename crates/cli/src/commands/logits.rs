@@ -51,7 +51,7 @@ impl Logits {
             .into_iter()
             .map(|row| row.into_iter().map(u32::try_from).collect::<Result<Vec<u32>, _>>())
             .collect::<Result<Vec<_>, _>>()?;
-        let loaded = self.model.load()?;
+        let loaded = self.model.load(out)?;
         let logits = probe::logits(&loaded.model, &rows)?.to_dtype(DType::F32)?;
         let shape = logits.dims().to_vec();
         safetensors::write(&self.out, vec![safetensors::Entry::of("logits", &logits)], &BTreeMap::new())?;

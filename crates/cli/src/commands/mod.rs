@@ -13,6 +13,7 @@ mod logits;
 mod merge_into_base;
 mod model_args;
 mod pretrain;
+mod probe;
 mod quickstart;
 mod synth;
 mod tokenizer;

@@ -11,6 +11,8 @@ use espalier_data::TextCodec;
 use espalier_models::Model;
 use espalier_train::{Recipe, setup};
 
+use crate::output::Output;
+
 /// A model, with adapters.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ModelArgs {
@@ -64,8 +66,16 @@ fn parse(text: &str, index: usize) -> Result<(String, PathBuf, f64)> {
 }
 
 impl ModelArgs {
+    /// The base's name for cards: as given, else its folder.
+    pub(crate) fn base_name(&self, model: &Model) -> String {
+        match self.model.is_empty() {
+            true => model.provenance().path().map_or_else(String::new, |p| p.display().to_string()),
+            false => self.model.clone(),
+        }
+    }
+
     /// Loads the model and its tokenizer, and puts the adapters into the slots.
-    pub(crate) fn load(&self) -> Result<Loaded> {
+    pub(crate) fn load(&self, out: Output) -> Result<Loaded> {
         let files = self
             .adapter
             .iter()
@@ -98,6 +108,9 @@ impl ModelArgs {
         for (name, weight, files) in files {
             let device = model.device().clone();
             let attached = folder::load(&mut model, files, self.allow_base, DType::F32, &device)?;
+            if let Some(note) = setup::base_note(&attached, &model, &self.model) {
+                out.note(format!("adapter {name}: {note}"));
+            }
             adapters.add(&name, attached)?;
             active.push((name, weight));
         }

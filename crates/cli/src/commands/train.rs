@@ -84,6 +84,7 @@ pub(super) fn summary(plan: &Plan) -> String {
         plan.sites.len(),
         count(plan.trainable_parameters),
     )];
+    lines.extend(plan.base_note.iter().map(|note| format!("  note: {note}")));
     for (pattern, n) in &plan.patterns {
         lines.push(format!("  {pattern}: {n} modules"));
     }

@@ -1,4 +1,4 @@
-//! `README.md` of an adapter folder: what it adapts, how it was made, what it scores, and the command that repeats it.
+//! `README.md` of an adapter or model folder: what it adapts, how it was made, what it scores, and the command that repeats it.
 //! The YAML front matter is what the Hugging Face hub reads: `base_model`, `library_name`, `pipeline_tag`, `tags`.
 
 use std::fmt::Write as _;
@@ -15,6 +15,8 @@ pub struct ModelCard {
     pub title: String,
     /// Base model: a hub id (`org/name`) or a folder. Only a hub id enters the front matter: the hub refuses paths.
     pub base_model: String,
+    /// What the folder is to its base, in the hub's words: `adapter`, or `finetune` for a whole model.
+    pub relation: String,
     /// Content hash of the base's weights.
     pub base_hash: String,
     /// Method as the field names it, for example `lora`; also a tag.
@@ -59,6 +61,7 @@ impl Default for ModelCard {
         Self {
             title: "Adapter".to_owned(),
             base_model: String::new(),
+            relation: "adapter".to_owned(),
             base_hash: String::new(),
             method: "lora".to_owned(),
             library_name: "peft".to_owned(),
@@ -149,14 +152,14 @@ impl ModelCard {
         };
         if hub {
             line("base_model", &self.base_model);
-            line("base_model_relation", "adapter");
+            line("base_model_relation", &self.relation);
         }
         line("library_name", &self.library_name);
         line("pipeline_tag", &self.pipeline_tag);
         line("license", &self.license);
         let mut tags: Vec<String> = Vec::new();
         if hub {
-            tags.push(format!("base_model:adapter:{}", self.base_model));
+            tags.push(format!("base_model:{}:{}", self.relation, self.base_model));
         }
         for tag in [self.method.as_str(), "espalier"].into_iter().chain(self.tags.iter().map(String::as_str)) {
             if !tag.is_empty() && !tags.iter().any(|t| t == tag) {

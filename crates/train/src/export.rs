@@ -1,0 +1,64 @@
+//! Adapters written and read back: their scores on a probe must be those of the adapter in memory.
+
+use std::path::Path;
+
+use candle_core::DType;
+use espalier_adapters::formats::{atomic, folder};
+use espalier_adapters::{AdapterSet, Host};
+use espalier_models::Model;
+
+use crate::merge::{WriteOptions, Written};
+use crate::run::model_card::ModelCard;
+use crate::verify::Probe;
+use crate::{Error, Result};
+
+const CARD: &str = "README.md";
+
+/// Writes the adapter `name`, which acts alone, into `out` with a card, after it was read back and gave the same scores within
+/// the limit. Else `out` stays as it was.
+///
+/// # Errors
+/// If `out` holds an adapter of another tool, a file cannot be written, or scores differ.
+pub fn adapter_verified(
+    model: &mut Model,
+    adapters: &mut AdapterSet,
+    name: &str,
+    out: &Path,
+    options: &WriteOptions,
+    probe: &Probe,
+) -> Result<Written> {
+    folder::claim(out, model.provenance().path())?;
+    adapters.activate(model, &[(name, 1.0)])?;
+    let reference = probe.scores(model)?;
+    let (device, base_hash) = (model.device().clone(), model.base_hash()?);
+    let mut written = None;
+    let names = [folder::WEIGHTS_FILE, folder::CONFIG_FILE, CARD];
+    atomic::replace_files(out, &names, |temp| -> Result<()> {
+        let saved = folder::save(model, adapters.get(name)?, temp)?;
+        let again = folder::load(model, folder::read(temp)?, false, DType::F32, &device)?;
+        let (method, config) = (again.config.method.name(), again.config.clone());
+        let mut set = AdapterSet::new();
+        set.add("again", again)?;
+        set.activate(model, &[("again", 1.0)])?;
+        let comparison = probe.compare(&reference, &probe.scores(model)?)?;
+        if let Some(fault) = comparison.fault(options.limit) {
+            return Err(Error::run(out, format!("not written: read back from its files, {fault} ({})", probe.about)));
+        }
+        ModelCard {
+            title: out.file_name().map_or_else(|| "adapter".into(), |n| n.to_string_lossy().into_owned()),
+            base_model: config.base.clone().unwrap_or_else(|| options.base.clone()),
+            base_hash: base_hash.clone(),
+            method: method.to_owned(),
+            library_name: if config.method.to_peft().is_some() { "peft".into() } else { "espalier".into() },
+            facts: comparison.facts(probe, options.limit),
+            command: options.command.clone(),
+            ..ModelCard::default()
+        }
+        .write(temp.join(CARD))?;
+        let (probe, limit) = (probe.about.clone(), options.limit);
+        written = Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, comparison });
+        Ok(())
+    })?;
+    adapters.activate(model, &[(name, 1.0)])?;
+    written.ok_or_else(|| Error::run(out, "nothing was written"))
+}
