@@ -89,7 +89,7 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
     Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies })
 }
 
-fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
+pub(super) fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
     let sum = tensor.to_dtype(DType::F32)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
     match sum.iter().position(|v| !v.is_finite()) {
         Some(i) => Err(Error::format(path, format!("tensor `{key}` holds NaN or infinity (value {i})"))),
@@ -98,7 +98,7 @@ fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
 }
 
 /// The model's own name of a tensor in a file.
-fn name_of(key: &str) -> Option<String> {
+pub(super) fn name_of(key: &str) -> Option<String> {
     let name = key.strip_prefix(PREFIX)?;
     let name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".").replace(".token_adapter.", ".");
     Some(match name.strip_suffix(".lora_magnitude_vector.weight") {
@@ -165,7 +165,7 @@ pub fn load(
             *tensor = tensor.t()?.contiguous()?;
         }
     }
-    let path = files.path.join(WEIGHTS_FILE);
+    let path = if files.path.is_dir() { files.path.join(WEIGHTS_FILE) } else { files.path };
     copies::check(host, &path, &files.copies, &turned)?;
     if files.config.tie_weights {
         tied::take(host, &path, &mut files.tensors)?;

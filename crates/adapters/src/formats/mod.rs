@@ -2,10 +2,14 @@
 //! crate that opens files.
 
 pub mod atomic;
+pub mod check;
 mod copies;
 pub mod folder;
+pub mod forms;
 pub mod gguf;
 pub mod hash;
+mod loralib;
+mod outline;
 pub mod peft_config;
 pub mod safetensors;
 mod tied;

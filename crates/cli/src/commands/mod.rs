@@ -1,5 +1,6 @@
 //! One file a command: its arguments, a call into the library, and what it prints.
 
+mod adapter;
 mod bench;
 mod chat;
 mod check;
@@ -57,6 +58,8 @@ enum Command {
     MergeIntoBase(merge_into_base::MergeIntoBase),
     /// Save an adapter or a model in another form.
     Export(export::Export),
+    /// Judge adapter files, with or without their base.
+    Adapter(adapter::Adapter),
     /// Say what is in a model, adapter or run folder.
     Inspect(inspect::Inspect),
     /// Scores of token ids, as a safetensors file.
@@ -105,6 +108,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Chat(c) => c.run(out),
         Command::MergeIntoBase(c) => c.run(out),
         Command::Export(c) => c.run(out),
+        Command::Adapter(c) => c.run(out),
         Command::Inspect(c) => c.run(out),
         Command::Logits(c) => c.run(out),
         Command::Synth(c) => c.run(out),

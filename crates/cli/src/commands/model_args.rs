@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::Args;
 use espalier_adapters::AdapterSet;
-use espalier_adapters::formats::folder;
+use espalier_adapters::formats::{folder, forms};
 use espalier_data::TextCodec;
 use espalier_models::Model;
 use espalier_train::{Recipe, setup};
@@ -40,6 +40,9 @@ pub(crate) struct ModelArgs {
     /// Use an adapter although it was made for another base.
     #[arg(long)]
     pub(crate) allow_base: bool,
+    /// Scaling numerator of an adapter whose files hold none (loralib).
+    #[arg(long, value_name = "ALPHA")]
+    pub(crate) adapter_alpha: Option<f64>,
 }
 
 /// A loaded model.
@@ -66,6 +69,21 @@ fn parse(text: &str, index: usize) -> Result<(String, PathBuf, f64)> {
 }
 
 impl ModelArgs {
+    /// One adapter on a base, everything else by default.
+    pub(crate) fn of(model: &str, adapter: &str, alpha: Option<f64>, allow_base: bool) -> Self {
+        Self {
+            model: model.to_owned(),
+            adapter: vec![adapter.to_owned()],
+            tokenizer: None,
+            revision: None,
+            device: "auto".into(),
+            dtype: "auto".into(),
+            quantization: "none".into(),
+            allow_base,
+            adapter_alpha: alpha,
+        }
+    }
+
     /// The base's name for cards: as given, else its folder.
     pub(crate) fn base_name(&self, model: &Model) -> String {
         match self.model.is_empty() {
@@ -82,7 +100,7 @@ impl ModelArgs {
             .enumerate()
             .map(|(i, text)| {
                 let (name, path, weight) = parse(text, i)?;
-                Ok((name, weight, folder::read(&path)?))
+                Ok((name, weight, forms::read(&path, self.adapter_alpha)?))
             })
             .collect::<Result<Vec<_>>>()?;
         let recipe = Recipe {

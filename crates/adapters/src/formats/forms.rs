@@ -1,0 +1,117 @@
+//! The layouts that adapters come in, told apart by what the files hold, and read as one.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::folder::{self, AdapterFiles, CONFIG_FILE, WEIGHTS_FILE};
+use super::{loralib, safetensors};
+use crate::{Error, Result};
+
+/// A layout of adapter files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// PEFT's folder, ours too.
+    Peft,
+    /// Bare low-rank factors of Microsoft's loralib in one file.
+    Loralib,
+    /// A PEFT folder whose weights are a Python pickle.
+    Pickle,
+    /// Factors of a diffusion model by their place in a walk (cloneofsimo/lora).
+    Cloneofsimo,
+    /// Factors of a diffusion model by flattened names (kohya).
+    Kohya,
+    /// Nothing that is known here.
+    Unknown,
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Peft => "PEFT folder",
+            Self::Loralib => "loralib file",
+            Self::Pickle => "PEFT folder with pickled weights",
+            Self::Cloneofsimo => "image-model adapter of cloneofsimo/lora",
+            Self::Kohya => "image-model adapter of kohya's scripts",
+            Self::Unknown => "unknown layout",
+        })
+    }
+}
+
+impl Form {
+    /// The tool behind a layout that does not name it.
+    pub(super) fn tool(self) -> &'static str {
+        match self {
+            Self::Loralib => "loralib",
+            _ => "unknown",
+        }
+    }
+
+    /// Why adapters of this layout are not read, where they are not.
+    pub fn refusal(self) -> Option<&'static str> {
+        match self {
+            Self::Peft | Self::Loralib => None,
+            Self::Pickle => Some(
+                "the weights are a Python pickle (adapter_model.bin), which can run code and is not read here; convert it where you \
+                 trust it: python -c \"import torch, safetensors.torch as s; \
+                 s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"",
+            ),
+            Self::Cloneofsimo => {
+                Some("its tensors are numbered by a walk over an image model, and image models are not read here")
+            }
+            Self::Kohya => Some("its tensors belong to an image model, and image models are not read here"),
+            Self::Unknown => Some(
+                "neither a PEFT folder (adapter_config.json and adapter_model.safetensors) nor a file of low-rank factors",
+            ),
+        }
+    }
+
+    /// The files of an adapter at `path`.
+    pub(super) fn files(self, path: &Path) -> Vec<PathBuf> {
+        match self {
+            Self::Peft => vec![path.join(CONFIG_FILE), path.join(WEIGHTS_FILE)],
+            _ if path.is_dir() => Vec::new(),
+            _ => vec![path.to_owned()],
+        }
+    }
+}
+
+/// The layout of what is at `path`.
+pub fn detect(path: &Path) -> Form {
+    if path.is_dir() {
+        return match (path.join(WEIGHTS_FILE).is_file(), path.join("adapter_model.bin").is_file()) {
+            (true, _) => Form::Peft,
+            (false, true) => Form::Pickle,
+            (false, false) if path.join(CONFIG_FILE).is_file() => Form::Peft,
+            _ => Form::Unknown,
+        };
+    }
+    let Ok(file) = safetensors::MappedFile::open(path) else { return Form::Unknown };
+    let entries = file.entries().unwrap_or_default();
+    let any = |test: &dyn Fn(&str) -> bool| entries.iter().any(|(name, ..)| test(name));
+    if any(&|n| n.ends_with(".lora_A")) && any(&|n| n.ends_with(".lora_B")) {
+        Form::Loralib
+    } else if any(&|n| n.starts_with("unet:") || n.starts_with("text_encoder:")) {
+        Form::Cloneofsimo
+    } else if any(&|n| n.ends_with(".lora_down.weight")) {
+        Form::Kohya
+    } else {
+        Form::Unknown
+    }
+}
+
+/// Reads an adapter of any layout; `alpha` for layouts that hold none.
+///
+/// # Errors
+/// If the layout is not read here, a file is malformed, or `alpha` is missing or has no use.
+pub fn read(path: &Path, alpha: Option<f64>) -> Result<AdapterFiles> {
+    let form = detect(path);
+    if let Some(alpha) = alpha.filter(|_| form != Form::Loralib) {
+        return Err(Error::config("alpha", format!("{alpha} was given, but a {form} holds its own")));
+    }
+    match (form, form.refusal()) {
+        (Form::Loralib, _) => loralib::read(path, alpha),
+        (Form::Peft, _) => folder::read(path),
+        (_, Some(reason)) => Err(Error::format(path, reason)),
+        (_, None) => Err(Error::format(path, "this layout is not read")),
+    }
+}
