@@ -169,3 +169,150 @@ fn real_adapters_are_recognised() {
         assert!(report["faults"].to_string().contains("image model"), "{report}");
     }
 }
+
+/// Largest difference of a model's scores with an adapter from those of a golden file.
+fn distance(base: &str, adapter: &str, expected: &Path, scratch: &Path) -> f32 {
+    let (ids, target) = (text(expected), text(&scratch.join("scores.safetensors")));
+    ok(&["logits", "--model", base, "--adapter", adapter, "--ids", &ids, "--out", &target]);
+    let scores = |path: &str| MappedFile::open(Path::new(path)).unwrap().load("logits", &Device::Cpu).unwrap();
+    let d = (scores(&target) - scores(&ids)).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    d.into_iter().fold(0.0, |m, d| if d.abs() <= m { m } else { d.abs() })
+}
+
+fn base_of(case: &str) -> String {
+    let path = golden().join("adapters").join(case).join("adapter_config.json");
+    let config: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    text(&golden().join(config["base_model_name_or_path"].as_str().unwrap()))
+}
+
+#[test]
+fn folders_of_mlx_lm_are_read_as_its_equation_says() {
+    let temp = tempfile::tempdir().unwrap();
+    for (case, kind, r, scale) in
+        [("lora_all", "lora", 4, 2.0), ("dora", "dora", 4, 2.0), ("lora_embedding_tied", "lora", 3, 2.0)]
+    {
+        let source = golden().join("adapters").join(case);
+        let all = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
+        let mut entries = Vec::new();
+        for (key, t) in &all {
+            let key = key.trim_start_matches("base_model.model.");
+            let turned = || t.t().unwrap().contiguous().unwrap();
+            let parts = [
+                (".lora_A.weight", ".lora_a"),
+                (".lora_B.weight", ".lora_b"),
+                (".lora_embedding_A", ".lora_a"),
+                (".lora_embedding_B", ".lora_b"),
+            ];
+            // What PEFT says of the head, mlx-lm takes from the table.
+            if key.starts_with("lm_head") || key.contains("base_layer") {
+                continue;
+            } else if let Some((from, to)) = parts.iter().find(|(from, _)| key.ends_with(from)) {
+                entries.push(Entry::of(key.replace(from, to), &turned()));
+            } else {
+                entries.push(Entry::of(key.replace(".lora_magnitude_vector", ".m").replace(".m.weight", ".m"), t));
+            }
+        }
+        let folder = temp.path().join(case);
+        std::fs::create_dir(&folder).unwrap();
+        write(&folder.join("adapters.safetensors"), entries, &BTreeMap::new()).unwrap();
+        let mut config = json!({"fine_tune_type": kind, "num_layers": 2, "model": "x", "batch_size": 4,
+            "lora_parameters": {"rank": r, "scale": scale, "dropout": 0.0}});
+        let put = |config: &Value| std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
+        put(&config);
+        let d = distance(&base_of(case), &text(&folder), &source.join("expected.safetensors"), temp.path());
+        assert!(d < 1e-4, "{case}: {d}");
+        let report = check(0, &[&text(&folder), "--model", &base_of(case)]);
+        assert_eq!((&report["form"], &report["tool"]), (&json!("mlx-lm folder"), &json!("mlx-lm")), "{report}");
+        // Settings that do not go with the tensors.
+        for (key, value, word) in [
+            ("rank", json!(r + 1), "rank"),
+            ("keys", json!(["self_attn.q_proj"]), "no key names it"),
+            ("keys", json!(["self_attn.z_proj"]), "key"),
+            ("alpha", json!(3), "alpha"),
+        ] {
+            if case != "lora_all" {
+                continue;
+            }
+            let mut other = config.clone();
+            other["lora_parameters"][key] = value;
+            put(&other);
+            let found = check(1, &[&text(&folder)])["faults"].to_string();
+            assert!(found.contains(word), "{key}: {found}");
+        }
+        config["num_layers"] = json!(1);
+        put(&config);
+        assert!(check(1, &[&text(&folder)])["faults"].to_string().contains("num_layers"));
+        config["fine_tune_type"] = json!("full");
+        put(&config);
+        assert!(check(1, &[&text(&folder)])["faults"].to_string().contains("full"));
+    }
+}
+
+#[test]
+fn adapters_are_written_for_mlx_lm_with_its_shapes_and_names() {
+    let temp = tempfile::tempdir().unwrap();
+    for case in [
+        "lora_all",
+        "dora",
+        "rslora_patterns",
+        "lora_layers",
+        "lora_regex",
+        "lora_embedding_tied",
+        "pissa",
+        "qwen3_lora",
+        "lora_embedding_untied",
+    ] {
+        let (source, out) = (golden().join("adapters").join(case), temp.path().join(case));
+        let args = [
+            "export",
+            "--model",
+            &base_of(case),
+            "--adapter",
+            &text(&source),
+            "--form",
+            "mlx",
+            "--verify",
+            "--out",
+            &text(&out),
+        ];
+        ok(&args);
+        ok(&args);
+        let d = distance(&base_of(case), &text(&out), &source.join("expected.safetensors"), temp.path());
+        assert!(d < 1e-4, "{case}: {d}");
+        let config: Value = serde_json::from_slice(&std::fs::read(out.join("adapter_config.json")).unwrap()).unwrap();
+        let parameters = &config["lora_parameters"];
+        let rank = parameters["rank"].as_u64().unwrap() as usize;
+        for (name, t) in MappedFile::open(&out.join("adapters.safetensors")).unwrap().load_all(&Device::Cpu).unwrap() {
+            match name.rsplit('.').next().unwrap() {
+                "lora_a" => assert_eq!(t.dims()[1], rank, "{case}: {name}"),
+                "lora_b" => assert_eq!(t.dims()[0], rank, "{case}: {name}"),
+                "m" => assert_eq!(config["fine_tune_type"], "dora"),
+                other => panic!("{other}"),
+            }
+        }
+        let (keys, layers) = (parameters["keys"].to_string(), config["num_layers"].as_u64().unwrap());
+        match case {
+            "lora_all" => assert!(keys.contains("\"mlp.down_proj\"") && layers == 2, "{keys}"),
+            "lora_layers" => {
+                assert!(keys == r#"["mlp.down_proj","self_attn.q_proj"]"# && layers == 1, "{keys} {layers}")
+            }
+            // Other modules in each layer: by whole path, so that no other module is changed.
+            "lora_regex" => assert!(keys.contains("\"model.layers.0.self_attn.q_proj\""), "{keys}"),
+            "lora_embedding_tied" => assert!(keys.contains("\"model.embed_tokens\""), "{keys}"),
+            _ => {}
+        }
+        assert!(std::fs::read_to_string(out.join("README.md")).unwrap().contains("library_name: \"mlx\""));
+    }
+    for (case, word) in [
+        ("modules_to_save", "trained whole"),
+        ("trainable_tokens", "token rows"),
+        ("lora_bias", "bias"),
+        ("lora_embedding", "output head"),
+        ("gpt2_lora", "another name"),
+    ] {
+        let (source, out) = (text(&golden().join("adapters").join(case)), temp.path().join(case));
+        let args = ["export", "--model", &base_of(case), "--adapter", &source, "--form", "mlx", "--out", &text(&out)];
+        let error = fails(1, &args);
+        assert!(error.contains(word) && !out.exists(), "{case}: {error}");
+    }
+}

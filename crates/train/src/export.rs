@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::DType;
+use espalier_adapters::formats::forms::{self, Form};
 use espalier_adapters::formats::{atomic, folder};
 use espalier_adapters::{AdapterSet, Host};
 use espalier_models::Model;
@@ -14,7 +15,7 @@ use crate::{Error, Result};
 
 const CARD: &str = "README.md";
 
-/// Writes the adapter `name`, which acts alone, into `out` with a card, after it was read back and gave the same scores within
+/// Writes the adapter `name`, which acts alone, into `out` in the layout `form` with a card, after it was read back and gave the same scores within
 /// the limit. Else `out` stays as it was.
 ///
 /// # Errors
@@ -22,20 +23,20 @@ const CARD: &str = "README.md";
 pub fn adapter_verified(
     model: &mut Model,
     adapters: &mut AdapterSet,
-    name: &str,
+    (name, form): (&str, Form),
     out: &Path,
     options: &WriteOptions,
     probe: &Probe,
 ) -> Result<Written> {
-    folder::claim(out, model.provenance().path())?;
+    forms::claim(form, out, model.provenance().path())?;
     adapters.activate(model, &[(name, 1.0)])?;
     let reference = probe.scores(model)?;
     let (device, base_hash) = (model.device().clone(), model.base_hash()?);
     let mut written = None;
-    let names = [folder::WEIGHTS_FILE, folder::CONFIG_FILE, CARD];
+    let names: Vec<&str> = form.names().iter().copied().chain([CARD]).collect();
     atomic::replace_files(out, &names, |temp| -> Result<()> {
-        let saved = folder::save(model, adapters.get(name)?, temp)?;
-        let again = folder::load(model, folder::read(temp)?, false, DType::F32, &device)?;
+        let saved = forms::save(form, model, adapters.get(name)?, temp)?;
+        let again = folder::load(model, forms::read(temp, None)?, false, DType::F32, &device)?;
         let (method, config) = (again.config.method.name(), again.config.clone());
         let mut set = AdapterSet::new();
         set.add("again", again)?;
@@ -49,7 +50,11 @@ pub fn adapter_verified(
             base_model: config.base.clone().unwrap_or_else(|| options.base.clone()),
             base_hash: base_hash.clone(),
             method: method.to_owned(),
-            library_name: if config.method.to_peft().is_some() { "peft".into() } else { "espalier".into() },
+            library_name: match form {
+                Form::Mlx => "mlx".into(),
+                _ if config.method.to_peft().is_some() => "peft".into(),
+                _ => "espalier".into(),
+            },
             facts: comparison.facts(probe, options.limit),
             command: options.command.clone(),
             ..ModelCard::default()

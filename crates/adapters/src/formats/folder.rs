@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{atomic, copies, peft_config, safetensors, tied};
+use super::{atomic, copies, mlx, peft_config, safetensors, tied};
 use crate::attach::{Attached, BaseCheck, Origin, attach, candidates};
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
@@ -165,7 +165,11 @@ pub fn load(
             *tensor = tensor.t()?.contiguous()?;
         }
     }
-    let path = if files.path.is_dir() { files.path.join(WEIGHTS_FILE) } else { files.path };
+    let named = [WEIGHTS_FILE, mlx::WEIGHTS_FILE].map(|name| files.path.join(name));
+    let path = match files.path.is_dir() {
+        true => named.iter().find(|p| p.is_file()).unwrap_or(&named[0]).clone(),
+        false => files.path,
+    };
     copies::check(host, &path, &files.copies, &turned)?;
     if files.config.tie_weights {
         tied::take(host, &path, &mut files.tensors)?;
@@ -176,7 +180,7 @@ pub fn load(
 
 /// The parameters as they are saved, with the settings that go with them: portable where the method would otherwise need
 /// a changed base.
-fn portable(adapter: &Attached) -> Result<(AdapterConfig, ParameterMap)> {
+pub(super) fn portable(adapter: &Attached) -> Result<(AdapterConfig, ParameterMap)> {
     let mut config = adapter.config.clone();
     let Some((method, rank_factor, alpha_factor)) = config.method.portable() else {
         return Ok((config, adapter.parameters.clone()));
@@ -217,26 +221,6 @@ fn listed_targets(host: &mut dyn Host, adapter: &Attached) -> Result<Pattern> {
     } else {
         sites.into_iter().map(str::to_owned).collect()
     }))
-}
-
-/// Whether an adapter may be written into `folder`: not into its base, and not over an adapter that another tool wrote.
-///
-/// # Errors
-/// If it may not.
-pub fn claim(folder: &Path, base: Option<&Path>) -> Result<()> {
-    let real = |p: &Path| p.canonicalize().ok();
-    if base.and_then(real).is_some_and(|base| real(folder) == Some(base)) {
-        return Err(Error::format(folder, "this is the base model itself; name another folder for the adapter"));
-    }
-    let (weights, config) = (folder.join(WEIGHTS_FILE), folder.join(CONFIG_FILE));
-    if !weights.exists() && !config.exists() {
-        return Ok(());
-    }
-    let ours = safetensors::MappedFile::open(&weights).is_ok_and(|f| f.metadata().contains_key(BASE_HASH_KEY));
-    match ours {
-        true => Ok(()),
-        false => Err(Error::format(folder, "the folder holds an adapter that was not written here; name another one")),
-    }
 }
 
 /// Whether something of a token table or of the head beside it is trained.

@@ -3,8 +3,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::folder::{self, AdapterFiles, CONFIG_FILE, WEIGHTS_FILE};
-use super::{loralib, safetensors};
+use super::folder::{self, AdapterFiles, BASE_HASH_KEY, CONFIG_FILE, Saved, WEIGHTS_FILE};
+use super::{loralib, mlx, safetensors};
+use crate::attach::Attached;
+use crate::module::Host;
 use crate::{Error, Result};
 
 /// A layout of adapter files.
@@ -12,6 +14,8 @@ use crate::{Error, Result};
 pub enum Form {
     /// PEFT's folder, ours too.
     Peft,
+    /// The folder of mlx-lm.
+    Mlx,
     /// Bare low-rank factors of Microsoft's loralib in one file.
     Loralib,
     /// A PEFT folder whose weights are a Python pickle.
@@ -28,6 +32,7 @@ impl fmt::Display for Form {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Peft => "PEFT folder",
+            Self::Mlx => "mlx-lm folder",
             Self::Loralib => "loralib file",
             Self::Pickle => "PEFT folder with pickled weights",
             Self::Cloneofsimo => "image-model adapter of cloneofsimo/lora",
@@ -42,6 +47,7 @@ impl Form {
     pub(super) fn tool(self) -> &'static str {
         match self {
             Self::Loralib => "loralib",
+            Self::Mlx => "mlx-lm",
             _ => "unknown",
         }
     }
@@ -49,7 +55,7 @@ impl Form {
     /// Why adapters of this layout are not read, where they are not.
     pub fn refusal(self) -> Option<&'static str> {
         match self {
-            Self::Peft | Self::Loralib => None,
+            Self::Peft | Self::Mlx | Self::Loralib => None,
             Self::Pickle => Some(
                 "the weights are a Python pickle (adapter_model.bin), which can run code and is not read here; convert it where you \
                  trust it: python -c \"import torch, safetensors.torch as s; \
@@ -65,10 +71,19 @@ impl Form {
         }
     }
 
+    /// Names of the files in a folder of this layout.
+    pub fn names(self) -> &'static [&'static str] {
+        match self {
+            Self::Peft => &[WEIGHTS_FILE, CONFIG_FILE],
+            Self::Mlx => &[mlx::WEIGHTS_FILE, CONFIG_FILE],
+            _ => &[],
+        }
+    }
+
     /// The files of an adapter at `path`.
     pub(super) fn files(self, path: &Path) -> Vec<PathBuf> {
         match self {
-            Self::Peft => vec![path.join(CONFIG_FILE), path.join(WEIGHTS_FILE)],
+            Self::Peft | Self::Mlx => self.names().iter().map(|name| path.join(name)).collect(),
             _ if path.is_dir() => Vec::new(),
             _ => vec![path.to_owned()],
         }
@@ -78,6 +93,9 @@ impl Form {
 /// The layout of what is at `path`.
 pub fn detect(path: &Path) -> Form {
     if path.is_dir() {
+        if path.join(mlx::WEIGHTS_FILE).is_file() && !path.join(WEIGHTS_FILE).is_file() {
+            return Form::Mlx;
+        }
         return match (path.join(WEIGHTS_FILE).is_file(), path.join("adapter_model.bin").is_file()) {
             (true, _) => Form::Peft,
             (false, true) => Form::Pickle,
@@ -109,9 +127,50 @@ pub fn read(path: &Path, alpha: Option<f64>) -> Result<AdapterFiles> {
         return Err(Error::config("alpha", format!("{alpha} was given, but a {form} holds its own")));
     }
     match (form, form.refusal()) {
+        (Form::Mlx, _) => mlx::read(path),
         (Form::Loralib, _) => loralib::read(path, alpha),
         (Form::Peft, _) => folder::read(path),
         (_, Some(reason)) => Err(Error::format(path, reason)),
         (_, None) => Err(Error::format(path, "this layout is not read")),
+    }
+}
+
+/// Writes an adapter in a layout, into a folder (created if absent; other files stay).
+///
+/// # Errors
+/// If the layout cannot hold it or is not written here, or a file cannot be written.
+pub fn save(form: Form, host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Saved> {
+    match form {
+        Form::Peft => folder::save(host, adapter, folder),
+        Form::Mlx => mlx::save(host, adapter, folder),
+        other => Err(Error::unsupported(format!("writing a {other}"), "save the adapter as a PEFT folder")),
+    }
+}
+
+/// Whether an adapter of layout `form` may be written into `folder`: not into its base, and not over an adapter that was not
+/// written here.
+///
+/// # Errors
+/// If it may not.
+pub fn claim(form: Form, folder: &Path, base: Option<&Path>) -> Result<()> {
+    let real = |p: &Path| p.canonicalize().ok();
+    if base.and_then(real).is_some_and(|base| real(folder) == Some(base)) {
+        return Err(Error::format(folder, "this is the base model itself; name another folder for the adapter"));
+    }
+    let mut weights = [WEIGHTS_FILE, mlx::WEIGHTS_FILE].into_iter().filter(|name| folder.join(name).exists());
+    let (first, more) = (weights.next(), weights.next());
+    let config = folder.join(CONFIG_FILE).exists();
+    if first.is_none() && !config {
+        return Ok(());
+    }
+    // The settings file has one name in both layouts.
+    let same = more.is_none() && first == form.names().first().copied();
+    let marked = |name: &str| {
+        let file = safetensors::MappedFile::open(&folder.join(name));
+        file.is_ok_and(|f| f.metadata().contains_key(BASE_HASH_KEY))
+    };
+    match same && first.is_some_and(marked) {
+        true => Ok(()),
+        false => Err(Error::format(folder, "the folder holds an adapter that was not written here; name another one")),
     }
 }

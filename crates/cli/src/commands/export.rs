@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use espalier_adapters::formats::folder;
+use espalier_adapters::formats::forms;
 use espalier_models::export::{ExportOptions, copy_companions};
 use espalier_train::merge::{self, WriteOptions};
 use espalier_train::{export, merge::Written};
@@ -20,6 +20,8 @@ use crate::output::Output;
 enum Form {
     /// The adapter as a PEFT folder.
     Peft,
+    /// The adapter as a folder of mlx-lm.
+    Mlx,
     /// The base without adapters as a Hugging Face folder, dense (from GGUF, NF4, another dtype).
     Model,
 }
@@ -70,7 +72,8 @@ impl Export {
         }
         let mut loaded = self.model.load(out)?;
         let report = match self.form {
-            Form::Peft => self.adapter(&mut loaded)?,
+            Form::Peft => self.adapter(&mut loaded, forms::Form::Peft)?,
+            Form::Mlx => self.adapter(&mut loaded, forms::Form::Mlx)?,
             Form::Model => self.base(&mut loaded)?,
         };
         out.result(&report)
@@ -90,7 +93,7 @@ impl Export {
         Report { path: self.out.clone(), tensors: written.tensors, bytes: written.bytes, verified: Some(written) }
     }
 
-    fn adapter(&self, loaded: &mut Loaded) -> Result<Report> {
+    fn adapter(&self, loaded: &mut Loaded, form: forms::Form) -> Result<Report> {
         if self.save_dtype.is_some() {
             bail!("--save-dtype is for models; adapters are written in f32");
         }
@@ -105,10 +108,17 @@ impl Export {
             let probe = self.probe.probe(loaded)?;
             let options = self.options(loaded, ExportOptions::default());
             let (model, adapters) = (&mut loaded.model, &mut loaded.adapters);
-            return Ok(self.report(export::adapter_verified(model, adapters, name, &self.out, &options, &probe)?));
+            return Ok(self.report(export::adapter_verified(
+                model,
+                adapters,
+                (name, form),
+                &self.out,
+                &options,
+                &probe,
+            )?));
         }
-        folder::claim(&self.out, loaded.model.provenance().path())?;
-        let saved = folder::save(&mut loaded.model, loaded.adapters.get(name)?, &self.out)?;
+        forms::claim(form, &self.out, loaded.model.provenance().path())?;
+        let saved = forms::save(form, &mut loaded.model, loaded.adapters.get(name)?, &self.out)?;
         Ok(Report { path: self.out.clone(), tensors: saved.tensors, bytes: saved.bytes, verified: None })
     }
 
