@@ -9,6 +9,7 @@ use espalier_kernels::part::{self, Factors, PartNorm, Projection};
 
 use crate::adapter::Adapter;
 pub use crate::embedding::{Embedding, TokenRows};
+pub use crate::formats::gguf_adapter::GgufName;
 use crate::low_rank::Gain;
 use crate::projected::Projected;
 use crate::{Error, Flow, Result};
@@ -307,6 +308,12 @@ pub trait Host {
 
     /// Path of the token table that is the output head as well, in a model that ties the two.
     fn tied_table(&self) -> Option<String> {
+        None
+    }
+
+    /// What llama.cpp calls the weight of the module at `path`, where it knows the model.
+    fn gguf_name(&self, path: &str) -> Option<GgufName> {
+        let _ = path;
         None
     }
 

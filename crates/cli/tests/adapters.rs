@@ -6,6 +6,8 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::gguf_file::{self, Content, Value as Meta};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use common::{fails, golden, ok, run, text};
 use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
@@ -315,4 +317,136 @@ fn adapters_are_written_for_mlx_lm_with_its_shapes_and_names() {
         let error = fails(1, &args);
         assert!(error.contains(word) && !out.exists(), "{case}: {error}");
     }
+}
+
+/// Metadata and dense tensors of a GGUF file.
+fn gguf(path: &Path) -> (BTreeMap<String, Meta>, BTreeMap<String, Tensor>) {
+    let mut file = std::fs::File::open(path).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    let dense =
+        |name: &String| content.tensor(&mut file, name, &Device::Cpu).unwrap().dequantize(&Device::Cpu).unwrap();
+    let names: Vec<String> = content.tensor_infos.keys().cloned().collect();
+    let tensors = names.iter().map(dense).collect::<Vec<_>>();
+    (content.metadata.into_iter().collect(), names.into_iter().zip(tensors).collect())
+}
+
+fn write_gguf(path: &Path, metadata: &BTreeMap<String, Meta>, tensors: &BTreeMap<String, Tensor>) {
+    let stored: Vec<(String, QTensor)> =
+        tensors.iter().map(|(n, t)| (n.clone(), QTensor::quantize(t, GgmlDType::F32).unwrap())).collect();
+    let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let metadata: Vec<(&str, &Meta)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &stored).unwrap();
+}
+
+#[test]
+fn adapters_go_to_llama_cpp_and_come_back() {
+    let temp = tempfile::tempdir().unwrap();
+    for case in [
+        "lora_all",
+        "rslora_patterns",
+        "mistral_lora",
+        "gemma2_lora",
+        "qwen3_lora",
+        "phi3_lora",
+        "pissa",
+        "lora_embedding_untied",
+    ] {
+        let (source, out) = (golden().join("adapters").join(case), temp.path().join(format!("{case}.gguf")));
+        let (base, adapter, target) = (base_of(case), text(&source), text(&out));
+        let args =
+            ["export", "--model", &base, "--adapter", &adapter, "--form", "gguf-adapter", "--verify", "--out", &target];
+        ok(&args);
+        ok(&args);
+        let d = distance(&base, &target, &source.join("expected.safetensors"), temp.path());
+        assert!(d < 1e-4, "{case}: {d}");
+        let report = check(0, &[&target]);
+        assert_eq!(report["form"], "adapter of llama.cpp", "{report}");
+        check(0, &[&target, "--model", &base]);
+    }
+    for (case, word) in [
+        ("dora", "magnitudes"),
+        ("modules_to_save", "trained whole"),
+        ("lora_embedding_tied", "output head"),
+        ("gpt2_lora", "not known"),
+    ] {
+        let out = temp.path().join("refused.gguf");
+        let (base, adapter, target) = (base_of(case), text(&golden().join("adapters").join(case)), text(&out));
+        let args = ["export", "--model", &base, "--adapter", &adapter, "--form", "gguf-adapter", "--out", &target];
+        let error = fails(1, &args);
+        assert!(error.contains(word) && !out.exists(), "{case}: {error}");
+    }
+}
+
+#[test]
+fn a_gguf_adapter_has_llama_cpps_names_rows_and_scale() {
+    let temp = tempfile::tempdir().unwrap();
+    let (source, out) = (golden().join("adapters/lora_all"), temp.path().join("a.gguf"));
+    let (base, adapter, target) = (base_of("lora_all"), text(&source), text(&out));
+    ok(&["export", "--model", &base, "--adapter", &adapter, "--form", "gguf-adapter", "--out", &target]);
+    let (metadata, tensors) = gguf(&out);
+    let word = |key: &str| metadata[key].to_string().unwrap().clone();
+    assert_eq!(
+        (word("general.type"), word("general.architecture"), word("adapter.type")),
+        ("adapter".into(), "llama".into(), "lora".into())
+    );
+    assert_eq!(metadata["adapter.lora.alpha"].to_f32().unwrap(), 8.0);
+    let peft = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
+    assert_eq!(tensors.len(), peft.len());
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let of = |module: &str, part: &str| {
+        peft[&format!("base_model.model.model.layers.1.{module}.lora_{part}.weight")].clone()
+    };
+    let file = |name: &str| tensors[&format!("blk.1.{name}")].clone();
+    assert_eq!(values(&file("ffn_down.weight.lora_a")), values(&of("mlp.down_proj", "A")));
+    assert_eq!(values(&file("ffn_down.weight.lora_b")), values(&of("mlp.down_proj", "B")));
+    assert_eq!(values(&file("attn_q.weight.lora_a")), values(&of("self_attn.q_proj", "A")));
+    // 4 heads of 8 rows: the two halves of a head lie interleaved.
+    let (theirs, ours) =
+        (file("attn_q.weight.lora_b").to_vec2::<f32>().unwrap(), of("self_attn.q_proj", "B").to_vec2::<f32>().unwrap());
+    for (row, ours) in ours.iter().enumerate() {
+        let (head, within) = (row / 8, row % 8);
+        assert_eq!(&theirs[head * 8 + 2 * (within % 4) + within / 4], ours, "row {row}");
+    }
+    // Alpha 0 or none means the factor 1: with B twice as large, as alpha / r = 2.
+    let mut doubled = tensors.clone();
+    for (name, t) in &mut doubled {
+        if name.ends_with(".lora_b") {
+            *t = (&*t * 2.0).unwrap();
+        }
+    }
+    let mut no_alpha = metadata.clone();
+    for alpha in [Some(Meta::F32(0.0)), None] {
+        match alpha {
+            Some(alpha) => drop(no_alpha.insert("adapter.lora.alpha".into(), alpha)),
+            None => drop(no_alpha.remove("adapter.lora.alpha")),
+        }
+        write_gguf(&out, &no_alpha, &doubled);
+        let d = distance(&base, &target, &source.join("expected.safetensors"), temp.path());
+        assert!(d < 1e-4, "{d}");
+    }
+    // One thing wrong each.
+    let broken = |change: &dyn Fn(&mut BTreeMap<String, Meta>, &mut BTreeMap<String, Tensor>)| {
+        let (mut m, mut t) = (metadata.clone(), tensors.clone());
+        change(&mut m, &mut t);
+        write_gguf(&out, &m, &t);
+        check(1, &[&target, "--model", &base])["faults"].to_string()
+    };
+    const A: &str = "blk.0.attn_v.weight.lora_a";
+    let found = broken(&|_, t| drop(t.remove(A)));
+    assert!(found.contains("attn_v") && found.contains("missing"), "{found}");
+    let found = broken(&|_, t| drop(t.insert("blk.0.attn_norm.weight".into(), t[A].clone())));
+    assert!(found.contains("blk.0.attn_norm.weight") && found.contains("no factor"), "{found}");
+    let found = broken(&|_, t| {
+        for part in ["lora_a", "lora_b"] {
+            let moved = t.remove(&format!("blk.0.attn_v.weight.{part}")).unwrap();
+            t.insert(format!("blk.7.attn_v.weight.{part}"), moved);
+        }
+    });
+    assert!(found.contains("blk.7.attn_v.weight"), "{found}");
+    let found = broken(&|m, _| drop(m.insert("general.architecture".into(), Meta::String("qwen2".into()))));
+    assert!(found.contains("qwen2") && found.contains("llama"), "{found}");
+    let found = broken(&|m, _| drop(m.insert("adapter.type".into(), Meta::String("dora".into()))));
+    assert!(found.contains("adapter.type"), "{found}");
+    let found = broken(&|m, _| drop(m.insert("adapter.alora.invocation_tokens".into(), Meta::U32(3))));
+    assert!(found.contains("invocation_tokens"), "{found}");
 }

@@ -2,7 +2,7 @@
 //! [`ModelConfig`]. It runs whole ([`Model::forward`]) or block by block, which is how training keeps only what it needs.
 
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::module::Norm;
+use espalier_adapters::module::{GgufName, Norm};
 use espalier_adapters::{Embedding, Flow, Host, ModuleMut};
 use espalier_kernels::cross_entropy::{cross_entropy, linear_cross_entropy};
 
@@ -14,6 +14,7 @@ use crate::context::{Context, RotaryTables};
 use crate::head::Head;
 use crate::input::TokenBatch;
 use crate::load::Provenance;
+use crate::source::gguf_names::gguf_name;
 use crate::source::{LoadOptions, WeightSource};
 use crate::{Error, Result};
 
@@ -321,6 +322,10 @@ impl Host for Model {
 
     fn tied_table(&self) -> Option<String> {
         matches!(self.head, Head::Tied).then(|| self.embed.path().to_owned())
+    }
+
+    fn gguf_name(&self, path: &str) -> Option<GgufName> {
+        gguf_name(&self.config, path)
     }
 
     fn is_rounded(&self) -> bool {

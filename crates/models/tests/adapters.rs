@@ -186,6 +186,7 @@ fn refusals_name_what_is_wrong() {
         config: files.config.clone(),
         tensors: files.tensors.clone(),
         copies: files.copies.clone(),
+        gguf: None,
     };
     let error = folder::load(&mut model, again, false, DType::F32, &device()).unwrap_err().to_string();
     assert!(error.contains(&name), "{error}");

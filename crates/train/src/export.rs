@@ -15,7 +15,7 @@ use crate::{Error, Result};
 
 const CARD: &str = "README.md";
 
-/// Writes the adapter `name`, which acts alone, into `out` in the layout `form` with a card, after it was read back and gave the same scores within
+/// Writes the adapter `name`, which acts alone, into `out` in the layout `form`, with a card where that is a folder, after it was read back and gave the same scores within
 /// the limit. Else `out` stays as it was.
 ///
 /// # Errors
@@ -33,8 +33,14 @@ pub fn adapter_verified(
     let reference = probe.scores(model)?;
     let (device, base_hash) = (model.device().clone(), model.base_hash()?);
     let mut written = None;
-    let names: Vec<&str> = form.names().iter().copied().chain([CARD]).collect();
-    atomic::replace_files(out, &names, |temp| -> Result<()> {
+    // A layout of one file has no folder for a card.
+    let file = if form.names().is_empty() { out.file_name().map(|n| n.to_string_lossy().into_owned()) } else { None };
+    let (folder, names): (&Path, Vec<&str>) = match &file {
+        Some(name) => (out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")), vec![name]),
+        None => (out, form.names().iter().copied().chain([CARD]).collect()),
+    };
+    atomic::replace_files(folder, &names, |temp| -> Result<()> {
+        let temp = &file.as_ref().map_or_else(|| temp.to_owned(), |name| temp.join(name));
         let saved = forms::save(form, model, adapters.get(name)?, temp)?;
         let again = folder::load(model, forms::read(temp, None)?, false, DType::F32, &device)?;
         let (method, config) = (again.config.method.name(), again.config.clone());
@@ -45,7 +51,7 @@ pub fn adapter_verified(
         if let Some(fault) = comparison.fault(options.limit) {
             return Err(Error::run(out, format!("not written: read back from its files, {fault} ({})", probe.about)));
         }
-        ModelCard {
+        let card = ModelCard {
             title: out.file_name().map_or_else(|| "adapter".into(), |n| n.to_string_lossy().into_owned()),
             base_model: config.base.clone().unwrap_or_else(|| options.base.clone()),
             base_hash: base_hash.clone(),
@@ -58,8 +64,10 @@ pub fn adapter_verified(
             facts: comparison.facts(probe, options.limit),
             command: options.command.clone(),
             ..ModelCard::default()
+        };
+        if file.is_none() {
+            card.write(temp.join(CARD))?;
         }
-        .write(temp.join(CARD))?;
         let (probe, limit) = (probe.about.clone(), options.limit);
         written = Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, comparison });
         Ok(())

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{atomic, copies, mlx, peft_config, safetensors, tied};
+use super::{atomic, copies, gguf_adapter, mlx, peft_config, safetensors, tied};
 use crate::attach::{Attached, BaseCheck, Origin, attach, candidates};
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
@@ -34,6 +34,8 @@ pub struct AdapterFiles {
     /// Copies of the base's own weights that some tools save beside the adapter, by the name of the weight; they must equal
     /// the base's.
     pub copies: BTreeMap<String, Tensor>,
+    /// Architecture that llama.cpp's names in a GGUF file are for, until they are translated.
+    pub gguf: Option<String>,
 }
 
 /// Counts of what was written.
@@ -86,7 +88,7 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
             return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
         }
     }
-    Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies })
+    Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies, gguf: None })
 }
 
 pub(super) fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
@@ -141,11 +143,12 @@ fn is_transposed(name: &str, transposed: &BTreeSet<String>) -> bool {
 /// If the base differs, or tensors and places do not pair up one to one.
 pub fn load(
     host: &mut dyn Host,
-    mut files: AdapterFiles,
+    files: AdapterFiles,
     allow_base: bool,
     dtype: DType,
     device: &Device,
 ) -> Result<Attached> {
+    let mut files = gguf_adapter::resolve(host, files)?;
     let base = match &files.config.base_hash {
         None => BaseCheck::NoHash,
         Some(expected) => {

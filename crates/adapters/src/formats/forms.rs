@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::folder::{self, AdapterFiles, BASE_HASH_KEY, CONFIG_FILE, Saved, WEIGHTS_FILE};
-use super::{loralib, mlx, safetensors};
+use super::{gguf_adapter, loralib, mlx, safetensors};
 use crate::attach::Attached;
 use crate::module::Host;
 use crate::{Error, Result};
@@ -16,6 +16,8 @@ pub enum Form {
     Peft,
     /// The folder of mlx-lm.
     Mlx,
+    /// The GGUF file of llama.cpp.
+    Gguf,
     /// Bare low-rank factors of Microsoft's loralib in one file.
     Loralib,
     /// A PEFT folder whose weights are a Python pickle.
@@ -33,6 +35,7 @@ impl fmt::Display for Form {
         f.write_str(match self {
             Self::Peft => "PEFT folder",
             Self::Mlx => "mlx-lm folder",
+            Self::Gguf => "adapter of llama.cpp",
             Self::Loralib => "loralib file",
             Self::Pickle => "PEFT folder with pickled weights",
             Self::Cloneofsimo => "image-model adapter of cloneofsimo/lora",
@@ -48,6 +51,7 @@ impl Form {
         match self {
             Self::Loralib => "loralib",
             Self::Mlx => "mlx-lm",
+            Self::Gguf => "llama.cpp's converter",
             _ => "unknown",
         }
     }
@@ -55,7 +59,7 @@ impl Form {
     /// Why adapters of this layout are not read, where they are not.
     pub fn refusal(self) -> Option<&'static str> {
         match self {
-            Self::Peft | Self::Mlx | Self::Loralib => None,
+            Self::Peft | Self::Mlx | Self::Gguf | Self::Loralib => None,
             Self::Pickle => Some(
                 "the weights are a Python pickle (adapter_model.bin), which can run code and is not read here; convert it where you \
                  trust it: python -c \"import torch, safetensors.torch as s; \
@@ -103,6 +107,9 @@ pub fn detect(path: &Path) -> Form {
             _ => Form::Unknown,
         };
     }
+    if gguf_adapter::is_adapter(path) {
+        return Form::Gguf;
+    }
     let Ok(file) = safetensors::MappedFile::open(path) else { return Form::Unknown };
     let entries = file.entries().unwrap_or_default();
     let any = |test: &dyn Fn(&str) -> bool| entries.iter().any(|(name, ..)| test(name));
@@ -128,6 +135,7 @@ pub fn read(path: &Path, alpha: Option<f64>) -> Result<AdapterFiles> {
     }
     match (form, form.refusal()) {
         (Form::Mlx, _) => mlx::read(path),
+        (Form::Gguf, _) => gguf_adapter::read(path),
         (Form::Loralib, _) => loralib::read(path, alpha),
         (Form::Peft, _) => folder::read(path),
         (_, Some(reason)) => Err(Error::format(path, reason)),
@@ -135,7 +143,7 @@ pub fn read(path: &Path, alpha: Option<f64>) -> Result<AdapterFiles> {
     }
 }
 
-/// Writes an adapter in a layout, into a folder (created if absent; other files stay).
+/// Writes an adapter in a layout, into a folder (created if absent; other files stay), or as the one file that the layout has.
 ///
 /// # Errors
 /// If the layout cannot hold it or is not written here, or a file cannot be written.
@@ -143,6 +151,7 @@ pub fn save(form: Form, host: &mut dyn Host, adapter: &Attached, folder: &Path) 
     match form {
         Form::Peft => folder::save(host, adapter, folder),
         Form::Mlx => mlx::save(host, adapter, folder),
+        Form::Gguf => gguf_adapter::save(host, adapter, folder),
         other => Err(Error::unsupported(format!("writing a {other}"), "save the adapter as a PEFT folder")),
     }
 }
@@ -153,6 +162,13 @@ pub fn save(form: Form, host: &mut dyn Host, adapter: &Attached, folder: &Path) 
 /// # Errors
 /// If it may not.
 pub fn claim(form: Form, folder: &Path, base: Option<&Path>) -> Result<()> {
+    if form == Form::Gguf {
+        let other = folder.exists() && !gguf_adapter::is_adapter(folder);
+        return match other {
+            true => Err(Error::format(folder, "something that is no adapter is there; name another file")),
+            false => Ok(()),
+        };
+    }
     let real = |p: &Path| p.canonicalize().ok();
     if base.and_then(real).is_some_and(|base| real(folder) == Some(base)) {
         return Err(Error::format(folder, "this is the base model itself; name another folder for the adapter"));

@@ -71,5 +71,5 @@ pub(super) fn read(path: &Path, alpha: Option<f64>) -> Result<AdapterFiles> {
         tie_weights: false,
         ..AdapterConfig::new(method)
     };
-    Ok(AdapterFiles { path: path.to_owned(), config, tensors, copies: BTreeMap::new() })
+    Ok(AdapterFiles { path: path.to_owned(), config, tensors, copies: BTreeMap::new(), gguf: None })
 }

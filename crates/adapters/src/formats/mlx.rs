@@ -121,7 +121,7 @@ pub(super) fn read(folder: &Path) -> Result<AdapterFiles> {
         TargetSpec { target_modules: Pattern::Endings(modules.into_iter().collect()), ..TargetSpec::default() };
     let base_hash = file.metadata().get(BASE_HASH_KEY).cloned();
     let config = AdapterConfig { targets, base: settings.model, base_hash, ..AdapterConfig::new(method) };
-    Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies: BTreeMap::new() })
+    Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies: BTreeMap::new(), gguf: None })
 }
 
 /// Whether the keys name the modules of the file, and no more layers are in it than there should be.

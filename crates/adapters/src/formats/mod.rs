@@ -7,6 +7,7 @@ mod copies;
 pub mod folder;
 pub mod forms;
 pub mod gguf;
+pub(crate) mod gguf_adapter;
 pub mod hash;
 mod loralib;
 pub mod mlx;

@@ -22,6 +22,8 @@ enum Form {
     Peft,
     /// The adapter as a folder of mlx-lm.
     Mlx,
+    /// The adapter as a GGUF file of llama.cpp; --out names the file.
+    GgufAdapter,
     /// The base without adapters as a Hugging Face folder, dense (from GGUF, NF4, another dtype).
     Model,
 }
@@ -34,7 +36,7 @@ pub(crate) struct Export {
     /// Form of the result.
     #[arg(long, value_enum, default_value = "peft")]
     form: Form,
-    /// Folder to write.
+    /// Folder (or file) to write.
     #[arg(long)]
     out: PathBuf,
     /// Dtype of a model's files: f32, bf16, f16.
@@ -74,6 +76,7 @@ impl Export {
         let report = match self.form {
             Form::Peft => self.adapter(&mut loaded, forms::Form::Peft)?,
             Form::Mlx => self.adapter(&mut loaded, forms::Form::Mlx)?,
+            Form::GgufAdapter => self.adapter(&mut loaded, forms::Form::Gguf)?,
             Form::Model => self.base(&mut loaded)?,
         };
         out.result(&report)

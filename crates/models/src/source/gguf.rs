@@ -17,7 +17,7 @@ use espalier_adapters::formats::gguf as header;
 use espalier_adapters::formats::hash::of_parts;
 use espalier_adapters::{Error as AdapterError, FrozenWeight};
 
-use super::gguf_names::{ARCHITECTURES, config, tensor_name};
+use super::gguf_names::{ARCHITECTURES, config, is_interleaved, tensor_name};
 use super::{LoadOptions, WeightSource};
 use crate::config::rope::RopeScaling;
 use crate::config::{ModelConfig, Positions};
@@ -122,7 +122,7 @@ pub(crate) fn open(path: &Path) -> Result<(ModelConfig, GgufSource)> {
         family: family.to_owned(),
         heads: config.heads,
         kv_heads: config.kv_heads,
-        interleaved: arch == "llama",
+        interleaved: is_interleaved(&arch),
         taken,
         missing: Vec::new(),
     };

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value as Meta;
+use espalier_adapters::module::GgufName;
 use serde_json::{Map, Value, json};
+
+use crate::config::ModelConfig;
 
 /// Values of `general.architecture` that are read, with the family each is.
 pub(super) const ARCHITECTURES: &[(&str, &str)] =
@@ -81,6 +84,28 @@ pub(super) fn config(arch: &str, family: &str, metadata: &HashMap<String, Meta>)
         out.insert("query_pre_attn_scalar".into(), json!(if layers == Some(46) { per_head } else { head }));
     }
     out
+}
+
+/// What llama.cpp calls the weight of the module at `path`, where it knows the family.
+pub(crate) fn gguf_name(model: &ModelConfig, path: &str) -> Option<GgufName> {
+    // Mistral's models are `llama` there.
+    let family = if model.family == "mistral" { "llama" } else { model.family.as_str() };
+    let (architecture, _) = ARCHITECTURES.iter().find(|(_, own)| *own == family)?;
+    let interleaved = match path.rsplit('.').next()? {
+        "q_proj" => Some(model.heads),
+        "k_proj" => Some(model.kv_heads),
+        _ => None,
+    };
+    Some(GgufName {
+        architecture: (*architecture).into(),
+        tensor: tensor_name(family, &format!("{path}.weight"))?,
+        interleaved: interleaved.filter(|_| is_interleaved(architecture)),
+    })
+}
+
+/// Whether rows of q and k are stored pairwise interleaved in files of architecture `arch`.
+pub(super) fn is_interleaved(arch: &str) -> bool {
+    arch == "llama"
 }
 
 /// The name in a GGUF file of the tensor that transformers calls `name`.

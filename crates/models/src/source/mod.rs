@@ -3,7 +3,7 @@
 
 pub mod folder;
 pub mod gguf;
-mod gguf_names;
+pub(crate) mod gguf_names;
 pub(crate) mod random;
 
 use std::path::Path;
