@@ -377,6 +377,9 @@ fn adapters_go_to_llama_cpp_and_come_back() {
     }
 }
 
+/// Makes one thing of a file wrong: its metadata, its tensors.
+type Change<'a> = &'a dyn Fn(&mut BTreeMap<String, Meta>, &mut BTreeMap<String, Tensor>);
+
 #[test]
 fn a_gguf_adapter_has_llama_cpps_names_rows_and_scale() {
     let temp = tempfile::tempdir().unwrap();
@@ -425,7 +428,7 @@ fn a_gguf_adapter_has_llama_cpps_names_rows_and_scale() {
         assert!(d < 1e-4, "{d}");
     }
     // One thing wrong each.
-    let broken = |change: &dyn Fn(&mut BTreeMap<String, Meta>, &mut BTreeMap<String, Tensor>)| {
+    let broken = |change: Change<'_>| {
         let (mut m, mut t) = (metadata.clone(), tensors.clone());
         change(&mut m, &mut t);
         write_gguf(&out, &m, &t);

@@ -215,4 +215,11 @@ fn a_base_that_was_not_checked_is_said() {
     let ours = text(&temp.path().join("ours"));
     ok(&["export", "--model", &base("llama_gqa_tied"), "--adapter", &adapter("lora_all"), "--out", &ours]);
     assert_eq!(note(&base("llama_gqa_tied"), &ours), "");
+    // A run that goes on from such an adapter says it in its plan.
+    let rows = temp.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"input_ids\": [1, 5, 9], \"labels\": [1, 5, 9]}\n").unwrap();
+    let (model, rows) = (base("llama_gqa_tied"), text(&rows));
+    let plan = |from: &str| json(&["check", "--model", &model, "--data", &rows, "--init-adapter", from]);
+    assert!(plan(&adapter("lora_all"))["base_note"].as_str().unwrap().contains("not checked"));
+    assert!(plan(&ours)["base_note"].is_null());
 }

@@ -163,6 +163,19 @@ fn gradients_of_embeddings_norms_and_biases_equal_finite_differences() {
 }
 
 #[test]
+fn gradients_of_a_tied_head_equal_finite_differences() {
+    let targets = serde_json::from_value(serde_json::json!({"target_modules": ["embed_tokens", "q_proj"]})).unwrap();
+    for tie_weights in [true, false] {
+        // The head shares the table's factors, or stays as it is.
+        let config = AdapterConfig { targets: Clone::clone(&targets), tie_weights, ..method("lora") };
+        differences_agree("llama_gqa_tied", &config, &causal());
+        // One tensor for both, or one each.
+        let pair = AdapterConfig { tie_weights, ..with_dense("lora", &["embed_tokens", "lm_head"]) };
+        differences_agree("llama_gqa_tied", &pair, &causal());
+    }
+}
+
+#[test]
 fn recomputing_blocks_changes_no_bit() {
     for (base, name) in [("llama_gqa_tied", "lora"), ("gpt2", "dora"), ("gemma2", "lora")] {
         let mut config = method(name);
