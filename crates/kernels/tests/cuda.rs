@@ -226,6 +226,43 @@ fn attention_equals_its_reference() {
 }
 
 #[test]
+fn a_gradient_with_room_behind_its_rows_is_the_same_gradient() {
+    let Some(on) = device() else { return };
+    for (name, kind) in [("lora", LORA), ("dora", DORA), ("wide", WIDE)] {
+        for (b, t) in [(1, 1), (3, 37)] {
+            let on_device = |norm: &Option<PartNorm>, all: &[Projection]| {
+                (norm.as_ref().map(|n| norms(&on, n).1), projections(&on, all).1)
+            };
+            let ((a, a_flat), (f, f_flat)) = (
+                attend(6, (2, 1, 64), kind, false, t, AttentionSpec { causal: true, ..AttentionSpec::default() }),
+                feed(5, (128, 352), kind, "gate and up"),
+            );
+            let ((norm, inputs), output) =
+                (on_device(&a.norm, &a.inputs), projections(&on, std::slice::from_ref(&a.output)).1.remove(0));
+            let rotary = a.rotary.as_ref().map(|(c, s)| (c.to_device(&on).unwrap(), s.to_device(&on).unwrap()));
+            let a = Arc::new(AttentionPart { norm, inputs, output, rotary, ..(*a).clone() });
+            let ((norm, inputs), output) =
+                (on_device(&f.norm, &f.inputs), projections(&on, std::slice::from_ref(&f.output)).1.remove(0));
+            let f = Arc::new(FeedForwardPart { norm, inputs, output, ..(*f).clone() });
+            let [x, g] = [9, 10].map(|seed| randn(&mut rng(seed), &[b, t, 128], DType::BF16).to_device(&on).unwrap());
+            let (a_flat, f_flat) = (a_flat.to_device(&on).unwrap(), f_flat.to_device(&on).unwrap());
+            let above = f.node(&x, Some(&f_flat)).unwrap().1;
+            let upstream = || above.backward(&g.clone().into(), (true, true)).unwrap().0.unwrap();
+            let apart = Tensor::from(upstream());
+            assert!(!apart.is_contiguous() || b * t == 1, "no room behind the rows");
+            let below = a.node(&x, Some(&a_flat)).unwrap().1;
+            let (dx, d) = below.backward(&upstream(), (true, true)).unwrap();
+            let (want, want_d) = below.backward(&apart.contiguous().unwrap().into(), (true, true)).unwrap();
+            let tolerance = 4.0 * rounding(DType::BF16);
+            let what = format!("{name} [{b}, {t}]");
+            let cpu = |t: Tensor| t.contiguous().unwrap().to_device(&Device::Cpu).unwrap();
+            close(&format!("{what}, dx"), &cpu(dx.unwrap().into()), &cpu(want.unwrap().into()), tolerance);
+            close(&format!("{what}, parameters"), &cpu(d.unwrap()), &cpu(want_d.unwrap()), tolerance);
+        }
+    }
+}
+
+#[test]
 fn what_no_kernel_handles_runs_by_definition() {
     let Some(on) = device() else { return };
     let spec = AttentionSpec { causal: true, softcap: Some(2.0), ..AttentionSpec::default() };

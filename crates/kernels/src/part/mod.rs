@@ -19,7 +19,7 @@ pub mod reference;
 
 pub use attention::{AttentionPart, attention_part};
 pub use feed_forward::{FeedForwardPart, feed_forward_part};
-pub use node::Node;
+pub use node::{Node, Upstream};
 
 use crate::element::{Element, zeros};
 use crate::frozen::FrozenWeight;

@@ -2,11 +2,11 @@
 
 use super::{Flat, Input, Rows, exact};
 use crate::cuda::product::{Operand, Out, multiply};
-use crate::cuda::rows::{Gains, Partial};
+use crate::cuda::rows::Gains;
 use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
 use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
+use crate::part::Projection;
 use crate::part::group::Group;
-use crate::part::{Gain, Projection};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
@@ -134,57 +134,31 @@ impl Group<'_> {
         if !self.members.iter().any(Projection::needs_norms) {
             return Ok((gains, None));
         }
-        let (d_out, ranks) = (self.d_out(), self.ranks);
-        // W A^T of all members and, below it, A A^T.
-        let cross = gpu.alloc::<f32>((d_out + ranks) * ranks)?;
-        let cross_at = gpu.address(&cross);
-        let times_a = |rows: usize, left: View, to: usize| {
-            let (a, to) =
-                (flat.matrix(self.a.start, self.d_in), Out::F32 { at: value(cross_at, to * ranks), stride: ranks });
-            multiply(gpu, (rows, ranks, self.d_in), plain(left), transposed(a), to, None, 1.0)
-        };
-        match self.whole() {
-            Some(whole) => self.with_border(gpu, whole, flat, |whole| times_a(d_out + ranks, whole, 0))?,
-            None => {
-                for (weight, _held, first, outputs) in self.weights()? {
-                    times_a(outputs, weight, first)?;
-                }
-                times_a(ranks, flat.matrix(self.a.start, self.d_in), d_out)?;
-            }
-        }
+        let d_out = self.d_out();
         let both = gpu.alloc::<f32>(2 * d_out)?;
         let values = gpu.address(&both);
-        let members = self.members.iter().zip(&self.places).zip(self.offsets()).zip(&mut gains);
-        for (((member, place), first), gain) in members {
-            let (Some(magnitude), Some(Gain::OverNorm { square })) =
-                (&place.gain, member.low_rank.as_ref().and_then(|l| l.gain.as_ref()))
-            else {
-                continue;
-            };
-            let (outputs, rank, row) = (member.weight.d_out(), place.rank, place.row);
-            let (cross, gram) = (value(cross_at, first * ranks + row), value(cross_at, (d_out + row) * ranks + row));
+        let (mut maps, mut views, mut held): (Vec<[u64; 10]>, Vec<View>, Vec<Tensor>) = Default::default();
+        for (((member, place), first), gain) in
+            self.members.iter().zip(&self.places).zip(self.offsets()).zip(&mut gains)
+        {
+            let Some(magnitude) = place.gain.as_ref().filter(|_| member.needs_norms()) else { continue };
+            let (weight, tensor) = dense(&member.weight)?;
             let (to, slopes) = (value(values, first), value(values, d_out + first));
-            let (square, magnitude) = (address::<f32>(square)?, flat.exact(magnitude.start));
-            let (b, scale) = (flat.exact(place.b.start), member.scale());
-            let grid = ((outputs.div_ceil(8), 1, 1), 256, 8 * rank * size_of::<f32>());
-            launch_with!(
-                gpu,
-                "low_rank_gain",
-                grid,
-                cross,
-                ranks,
-                gram,
-                ranks,
-                b,
-                scale,
-                square,
-                magnitude,
-                to,
-                slopes,
-                outputs,
-                rank
-            )?;
             *gain = Some(Gains { values: to, slopes });
+            let (a, b) =
+                (flat.matrix(self.a.start + place.row * self.d_in, self.d_in), flat.matrix(place.b.start, place.rank));
+            let (outputs, rank) = (member.weight.d_out(), place.rank);
+            let sizes = [weight.stride, outputs, rank, member.scale().to_bits() as usize].map(|size| size as u64);
+            let addresses = [weight.at, a.at, b.at, flat.exact(magnitude.start), to, slopes];
+            maps.push(std::array::from_fn(|i| addresses.get(i).copied().unwrap_or_else(|| sizes[i - 6])));
+            views.extend([weight, a]);
+            held.push(tensor);
+        }
+        let name = if rows::vectors(&views, self.d_in) { "low_rank_gains" } else { "low_rank_gains_scalar" };
+        for three in maps.chunks(3) {
+            let blocks: usize = three.iter().map(|map| map[7].div_ceil(16) as usize).sum();
+            let words: Vec<u64> = three.iter().flatten().copied().chain([0; 20]).take(30).collect();
+            launch_with!(gpu, name, ((blocks, 1, 1), 256, 0), words.into_boxed_slice(), self.d_in)?;
         }
         Ok((gains, Some(both)))
     }
@@ -361,15 +335,15 @@ impl Group<'_> {
         d_parameters: Option<u64>,
     ) -> Result<Rows> {
         let below = Rows::bordered(gpu, n, self.d_out())?;
-        let add = |i: usize, partial: &Partial, first: usize| -> Result<()> {
-            let (Some(d), Some(gain)) = (d_parameters, &self.places[i].gain) else { return Ok(()) };
-            let count = self.members[i].weight.d_out();
-            partial.add(gpu, (first, count), kept.gain(i).slopes, value(d, gain.start))
+        let d_gain = |i: usize| {
+            let at = d_parameters.zip(self.places[i].gain.as_ref());
+            (self.members[i].weight.d_out(), at.map_or(0, |(d, gain)| value(d, gain.start)))
         };
-        if let Some(gain) = kept.joined(self) {
+        if let Some(gain) = kept.joined(self).filter(|_| self.members.len() <= 3) {
+            let d_gains: Vec<_> = (0..self.members.len()).map(d_gain).collect();
+            let gains = Gains { values: gain, ..kept.gain(0) };
             let size = (n, self.d_out());
-            let partial = rows::affine_backward(gpu, g, sums.view(), gain, below.view(), size)?;
-            self.offsets().enumerate().try_for_each(|(i, first)| add(i, &partial, first))?;
+            rows::affine_backward(gpu, (g, sums.view(), below.view()), gains, &d_gains, size)?;
             return Ok(below);
         }
         for (i, (member, first)) in self.members.iter().zip(self.offsets()).enumerate() {
@@ -378,8 +352,8 @@ impl Group<'_> {
                 rows::affine(gpu, from, None, None, None, to, size)?;
                 continue;
             }
-            let sums = sums.view().columns(first);
-            add(i, &rows::affine_backward(gpu, from, sums, kept.gain(i).values, to, size)?, 0)?;
+            let views = (from, sums.view().columns(first), to);
+            rows::affine_backward(gpu, views, kept.gain(i), &[d_gain(i)], size)?;
         }
         Ok(below)
     }
