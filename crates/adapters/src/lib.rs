@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod attach;
+pub mod by_row;
 pub mod combine;
 pub mod config;
 pub mod decomposition;

@@ -158,6 +158,7 @@ impl<P: Part> CustomOp2 for Pass<P> {
 #[derive(Debug)]
 pub struct Upstream {
     tensor: Tensor,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "there is room on CUDA devices only"))]
     room: bool,
 }
 
@@ -230,7 +231,7 @@ impl<P: Part> Pass<P> {
         let held = if g.room { g.tensor.clone() } else { g.tensor.contiguous()? };
         // Rows of all sequences are equally far apart.
         let upstream = match g.room && b > 0 {
-            true => Input { view: matrix(&held.get(0)?)?, border: true },
+            true => Input { view: matrix(&held.narrow(0, 0, 1)?.squeeze(0)?)?, border: true },
             false => Input { view: View::new(address::<bf16>(&held.contiguous()?)?, h), border: false },
         };
         let gpu = Gpu::of(x.device())?;

@@ -68,7 +68,8 @@ __device__ __forceinline__ unsigned pair_of(const bf16 *row, int k, int rank) {
 
 /// gain = magnitude / |w_i + s b_i A| of each output: the sums s b_i A of 16 rows and 8 columns are one product of fragments, which
 /// no memory ever sees. A thread holds eight neighbouring values of two rows of W, so a product's columns are every fourth pair.
-template <bool VECTOR> __device__ __forceinline__ void gains(const Maps &maps, int d_in) {
+/// ONE: no rank is above 16, so that factors of B stay in registers and loads of the next columns are not held up.
+template <bool VECTOR, bool ONE> __device__ __forceinline__ void gains(const Maps &maps, int d_in) {
     __shared__ float totals[WARPS][ROWS];
     int tile = blockIdx.x, which = 0;
     while (which < 2 && tile >= (maps.map[which].d_out + ROWS - 1) / ROWS) {
@@ -76,7 +77,7 @@ template <bool VECTOR> __device__ __forceinline__ void gains(const Maps &maps, i
     }
     const Map &m = maps.map[which];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int d_out = m.d_out, rank = m.rank, first = tile * ROWS, steps = (rank + 15) / 16;
+    const int d_out = m.d_out, rank = m.rank, first = tile * ROWS, steps = ONE ? 1 : (rank + 15) / 16;
     const float scale = __uint_as_float(static_cast<unsigned>(m.scale));
     // Rows past the end are the last one again.
     const int upper = min(first + g, d_out - 1), lower = min(first + g + 8, d_out - 1);
@@ -90,7 +91,7 @@ template <bool VECTOR> __device__ __forceinline__ void gains(const Maps &maps, i
     unsigned left[4];
     factors(0, left);
     float squares[2] = {};
-#pragma unroll 2
+#pragma unroll(ONE ? 4 : 1)
     for (int base = warp * 32; base < d_in; base += WARPS * 32) {
         const int column = base + t * 8, segment = base + g / 2 * 8;
         uint4 raw[2] = {};
@@ -100,7 +101,7 @@ template <bool VECTOR> __device__ __forceinline__ void gains(const Maps &maps, i
         }
         float sums[4][4] = {};
         for (int step = 0; step < steps; step++) {
-            if (steps > 1) {
+            if (!ONE) {
                 factors(step, left);
             }
             uint4 right[4];
@@ -156,4 +157,11 @@ template <bool VECTOR> __device__ __forceinline__ void gains(const Maps &maps, i
     }
 }
 
-BOTH(low_rank_gains, (32 * WARPS), gains, (const __grid_constant__ Maps maps, int d_in), maps, d_in)
+#define GAINS(name, vector, one)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) name(const __grid_constant__ Maps maps, int d_in) {           \
+        gains<vector, one>(maps, d_in);                                                                                    \
+    }
+
+GAINS(low_rank_gains_16, true, true)
+GAINS(low_rank_gains, true, false)
+GAINS(low_rank_gains_scalar, false, false)

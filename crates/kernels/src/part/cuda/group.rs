@@ -1,12 +1,13 @@
 //! Projections that read the same rows, on a device: one product where their weights lie one after the other.
 
 use super::{Flat, Input, Rows, exact};
+use crate::cuda::factors::{self, Member};
 use crate::cuda::product::{Operand, Out, multiply};
 use crate::cuda::rows::Gains;
 use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
 use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
 use crate::part::Projection;
-use crate::part::group::Group;
+use crate::part::group::{Group, Place};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
@@ -154,7 +155,11 @@ impl Group<'_> {
             views.extend([weight, a]);
             held.push(tensor);
         }
-        let name = if rows::vectors(&views, self.d_in) { "low_rank_gains" } else { "low_rank_gains_scalar" };
+        let name = match (rows::vectors(&views, self.d_in), self.places.iter().all(|p| p.rank <= 16)) {
+            (true, true) => "low_rank_gains_16",
+            (true, false) => "low_rank_gains",
+            (false, _) => "low_rank_gains_scalar",
+        };
         for three in maps.chunks(3) {
             let blocks: usize = three.iter().map(|map| map[7].div_ceil(16) as usize).sum();
             let words: Vec<u64> = three.iter().flatten().copied().chain([0; 20]).take(30).collect();
@@ -266,7 +271,6 @@ impl Group<'_> {
         flat: &Flat,
         (d_parameters, dx): (Option<u64>, Option<View>),
     ) -> Result<Option<Slopes>> {
-        let members = || self.members.iter().zip(&self.places).zip(self.offsets());
         // With a gain, what reaches the sum below it is g times as much.
         let below = |sums| self.below_gains(gpu, (g.view, n), sums, kept, d_parameters);
         let scaled = kept.sums.as_ref().map(below).transpose()?;
@@ -281,17 +285,7 @@ impl Group<'_> {
             }
         };
         if let (Some(inner), Some(slopes)) = (&kept.inner, &slopes) {
-            for ((member, place), first) in members().filter(|((_, p), _)| p.rank > 0) {
-                let (d_out, rank) = (member.weight.d_out(), place.rank);
-                let (b, g) = (flat.matrix(place.b.start, rank), below.view.columns(first));
-                let to = Out::Bf16(slopes.view.columns(place.row));
-                multiply(gpu, (n, rank, d_out), plain(g), plain(b), to, None, member.scale())?;
-                if let Some(d) = d_parameters {
-                    let to = Out::F32 { at: value(d, place.b.start), stride: rank };
-                    let u = plain(inner.view().columns(place.row));
-                    multiply(gpu, (d_out, rank, n), transposed(g), u, to, None, member.scale())?;
-                }
-            }
+            self.thin_products(gpu, (below.view, inner.view(), slopes.view), n, flat, d_parameters)?;
         }
         let Some(dx) = dx else { return Ok(slopes) };
         if let Some(whole) = whole.filter(|_| slopes.is_some()) {
@@ -310,6 +304,40 @@ impl Group<'_> {
             multiply(gpu, size, plain(slopes.view), plain(a), Out::Bf16(dx), beside(Some(dx)), 1.0)?;
         }
         Ok(slopes)
+    }
+
+    /// Writes the gradients of A x, and adds those of B to zeros, for `g` of the sums and `inner`, A x.
+    fn thin_products(
+        &self,
+        gpu: &Gpu,
+        (g, inner, slopes): (View, View, View),
+        n: usize,
+        flat: &Flat,
+        d_parameters: Option<u64>,
+    ) -> Result<()> {
+        let with_factors = self.members.iter().zip(&self.places).zip(self.offsets()).filter(|((_, p), _)| p.rank > 0);
+        let member = |((member, place), first): ((&Projection, &Place), usize)| Member {
+            b: flat.matrix(place.b.start, place.rank).at,
+            d_b: d_parameters.map(|d| value(d, place.b.start)),
+            first,
+            outputs: member.weight.d_out(),
+            row: place.row,
+            rank: place.rank,
+            scale: member.scale(),
+        };
+        let members: Vec<Member> = with_factors.map(member).collect();
+        if factors::backward(gpu, (g, inner, slopes), n, &members)? {
+            return Ok(());
+        }
+        for m in members {
+            let (b, g, to) = (View::new(m.b, m.rank), g.columns(m.first), Out::Bf16(slopes.columns(m.row)));
+            multiply(gpu, (n, m.rank, m.outputs), plain(g), plain(b), to, None, m.scale)?;
+            if let Some(at) = m.d_b {
+                let (u, to) = (plain(inner.columns(m.row)), Out::F32 { at, stride: m.rank });
+                multiply(gpu, (m.outputs, m.rank, n), transposed(g), u, to, None, m.scale)?;
+            }
+        }
+        Ok(())
     }
 
     /// Adds the gradient of A to zeros, for rows `x` [n, d_in] and the gradient of A x.
