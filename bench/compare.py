@@ -30,7 +30,10 @@ PLAIN = {"default": ""}
 HALF = {"default": "", "adapters in bf16": "--adapter-dtype base", "autocast": "--autocast"}
 FAST = {"default": "", "adapters in bf16": "--adapter-dtype base"}
 
-# name: (command, flags of both sides, settings of the reference)
+CUDA_DECODE = "--device cuda --hidden 2048 --layers 22 --heads 32 --kv-heads 4 --ff 5632 --vocab 32000"
+COMPILED = {**FAST, "adapters in bf16, compiled": "--adapter-dtype base --compile"}
+
+# name: (command, flags of both sides, settings of the reference, other settings of ours)
 WORKLOADS = {
     "cpu-f32": ("train", "--dtype float32", PLAIN),
     "cpu-bf16": ("train", "--dtype bfloat16", HALF),
@@ -40,9 +43,12 @@ WORKLOADS = {
     "cpu-large-bf16": ("train", "--dtype bfloat16 --steps 4 --warmup 1 " + LARGE, HALF),
     "cpu-decode-1": ("generate", "--dtype float32 --batch 1", PLAIN),
     "cpu-decode-8": ("generate", "--dtype float32 --batch 8", PLAIN),
-    "cuda-1b": ("train", "--dtype bfloat16 " + CUDA_1B, {**FAST, "adapters in bf16, compiled": "--adapter-dtype base --compile"}),
+    "cpu-decode-8-adapters": ("generate", "--dtype float32 --batch 8 --adapters 8", PLAIN, {"one adapter": "--adapters 1"}),
+    "cuda-decode-1": ("generate", "--dtype bfloat16 --batch 1 " + CUDA_DECODE, PLAIN),
+    "cuda-decode-32": ("generate", "--dtype bfloat16 --batch 32 " + CUDA_DECODE, PLAIN),
+    "cuda-1b": ("train", "--dtype bfloat16 " + CUDA_1B, COMPILED),
     "cuda-1b-dora": ("train", "--dtype bfloat16 --dora " + CUDA_1B, PLAIN),
-    "cuda-7b": ("train", "--dtype bfloat16 " + CUDA_7B, FAST),
+    "cuda-7b": ("train", "--dtype bfloat16 " + CUDA_7B, COMPILED),
 }
 
 
@@ -89,11 +95,14 @@ def processor():
 
 
 def measure(workload, options):
-    kind, flags, settings = WORKLOADS[workload]
+    kind, flags, settings, *rest = WORKLOADS[workload]
     ours_flags = flags.replace("--batch ", "--batches ") if kind == "generate" else flags
     ours = [options.espalier, "bench", kind, *ours_flags.replace("cuda ", "cuda:0 ").split(), "--json"]
     script = str(HERE / f"peft_{kind}.py")
     sides = {"espalier": ours}
+    for name, extra in (rest[0] if rest else {}).items():
+        flag, value = extra.split()
+        sides[f"espalier, {name}"] = [value if i > 0 and ours[i - 1] == flag else part for i, part in enumerate(ours)]
     for name, extra in settings.items():
         sides[f"PEFT, {name}"] = [options.python, script, *flags.split(), *extra.split()]
     results = {name: [] for name in sides}
@@ -116,7 +125,7 @@ def rate(found):
 
 def table(record):
     medians = {name: statistics.median(map(rate, runs)) for name, runs in record["sides"].items()}
-    best = max(value for name, value in medians.items() if name != "espalier")
+    best = max(value for name, value in medians.items() if not name.startswith("espalier"))
     rows = ["| | tokens/s (min to max) | to the fastest PEFT | peak MiB | first step s | share of floor |",
             "|---|---:|---:|---:|---:|---:|"]
     for name, runs in record["sides"].items():

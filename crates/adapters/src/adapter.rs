@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use espalier_kernels::frozen::FrozenWeight;
 
+use crate::by_row::ByRow;
 use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
 use crate::{Error, Flow, Result, random};
@@ -63,6 +64,11 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// If shapes do not fit.
     fn portable(&self) -> Result<Option<ParameterMap>> {
         Ok(None)
+    }
+
+    /// The choice that this is, where each sequence of a batch goes through an adapter of its own.
+    fn by_row(&self) -> Option<&ByRow> {
+        None
     }
 
     /// Dropout probability on the input of the product while training; 0 lets fused paths be taken.

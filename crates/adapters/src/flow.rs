@@ -1,5 +1,7 @@
 //! What travels beside the activations in one forward pass.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 use rand::RngCore;
 
@@ -13,6 +15,9 @@ pub struct Flow {
     pub train: bool,
     /// Key of this pass's random numbers; the same key gives the same masks, so that a block can be run again.
     pub random_key: u64,
+    /// Which of the adapters in the slots each sequence of the batch goes through, where
+    /// [`activate_by_row`](crate::AdapterSet::activate_by_row) put several there.
+    pub rows: Option<Arc<[usize]>>,
 }
 
 impl Flow {
@@ -21,9 +26,14 @@ impl Flow {
         Self::default()
     }
 
+    /// Evaluation of a batch whose sequences go through different adapters: `rows` names each one's.
+    pub fn by_row(rows: impl Into<Arc<[usize]>>) -> Self {
+        Self { rows: Some(rows.into()), ..Self::default() }
+    }
+
     /// Training with the random numbers of `(seed, step, part)`, where `part` counts the micro-batches of a step.
     pub fn train(seed: u64, step: u64, part: u64) -> Self {
-        Self { train: true, random_key: random::mix(&[seed, step, part]) }
+        Self { train: true, random_key: random::mix(&[seed, step, part]), rows: None }
     }
 
     /// Inverted dropout of `x` with probability `p`, from the stream of `name`. Identity in evaluation or at `p = 0`.

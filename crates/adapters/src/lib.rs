@@ -10,6 +10,7 @@
 pub mod adapter;
 pub mod attach;
 mod base;
+pub mod by_row;
 pub mod combine;
 pub mod config;
 pub mod decomposition;

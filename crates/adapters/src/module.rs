@@ -103,7 +103,7 @@ impl Linear {
     }
 
     /// The map as it takes part in a fused operation; None where it has no such form now: a trained bias, a method that is no
-    /// low-rank product, or dropout between.
+    /// low-rank product, dropout between, or sequences that go through different adapters.
     ///
     /// # Errors
     /// If a derived gain cannot be computed.
@@ -113,7 +113,14 @@ impl Linear {
         }
         let bias = self.bias.as_ref().map(|b| b.get().clone());
         let plain = Projection { weight: self.base.clone(), bias, low_rank: None };
-        let Some(adapter) = &self.adapter else { return Ok(Some(Projected { projection: plain, factors: None })) };
+        let adapter = match self.adapter.as_ref().and_then(|adapter| adapter.by_row()) {
+            Some(by_row) => match by_row.common(flow)? {
+                Some(one) => one.as_ref(),
+                None => return Ok(None),
+            },
+            None => self.adapter.as_ref(),
+        };
+        let Some(adapter) = adapter else { return Ok(Some(Projected { projection: plain, factors: None })) };
         if flow.train && adapter.dropout() > 0.0 {
             return Ok(None);
         }

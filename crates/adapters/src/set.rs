@@ -8,6 +8,7 @@ use espalier_kernels::frozen::FrozenWeight;
 
 use crate::adapter::Adapter;
 use crate::attach::{Attached, merged_weight};
+use crate::by_row::ByRow;
 use crate::combine::WeightedSum;
 use crate::module::{Host, ModuleMut};
 use crate::{Error, Result};
@@ -146,6 +147,51 @@ impl AdapterSet {
         })?;
         self.active = wanted.iter().map(|(n, w)| ((*n).to_owned(), *w)).collect();
         Ok(())
+    }
+
+    fn chosen(&self, wanted: &[Option<&str>]) -> Result<Vec<Option<&Attached>>> {
+        wanted.iter().map(|name| name.map(|n| self.get(n)).transpose()).collect()
+    }
+
+    /// Puts the named adapters into the slots side by side, for batches in which each sequence goes through one of them:
+    /// [`Flow::by_row`](crate::Flow::by_row) names them by their place here; None is the base alone.
+    ///
+    /// # Errors
+    /// If a name is unknown, or one of them changes more than linear maps.
+    pub fn activate_by_row(&mut self, host: &mut dyn Host, wanted: &[Option<&str>]) -> Result<()> {
+        let chosen = self.chosen(wanted)?;
+        let (mut tables, mut found) = (BTreeSet::new(), BTreeSet::new());
+        host.walk(&mut |module| {
+            match module {
+                ModuleMut::Linear(linear) => found.insert(linear.path().to_owned()),
+                other => tables.insert(other.path().to_owned()),
+            };
+            Ok(())
+        })?;
+        for (name, adapter) in wanted.iter().zip(&chosen) {
+            let Some(adapter) = adapter else { continue };
+            let whole = adapter.dense.iter().map(|d| d.path.clone()).chain(adapter.rows.iter().map(|(p, _)| p.clone()));
+            let other = adapter.layers.keys().filter(|path| !found.contains(*path)).cloned();
+            if let Some(path) = whole.chain(other).next() {
+                let what = format!("adapter {} beside others in one batch", name.unwrap_or_default());
+                return Err(Error::unsupported(
+                    what,
+                    format!("it changes {path}, which is no linear map; activate it alone"),
+                ));
+            }
+        }
+        self.activate(host, &[])?;
+        let chosen = self.chosen(wanted)?;
+        host.walk(&mut |module| {
+            if let ModuleMut::Linear(linear) = module {
+                let parts: Vec<_> =
+                    chosen.iter().map(|a| a.and_then(|a| a.layers.get(linear.path()).cloned())).collect();
+                if parts.iter().any(Option::is_some) {
+                    linear.set_adapter(Some(Arc::new(ByRow::new(parts))));
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Writes what acts now into the base weights and empties the slots. Quantised weights become dense in `dtype`.

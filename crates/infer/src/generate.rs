@@ -35,6 +35,9 @@ pub struct GenerateOptions {
     pub ignore_eos: bool,
     /// Sequences that run together.
     pub batch_size: usize,
+    /// Which of the adapters in the slots each prompt goes through, where several are there
+    /// ([`AdapterSet::activate_by_row`](espalier_adapters::AdapterSet::activate_by_row)); empty otherwise.
+    pub adapters: Vec<usize>,
 }
 
 impl Default for GenerateOptions {
@@ -46,6 +49,7 @@ impl Default for GenerateOptions {
             eos: Vec::new(),
             ignore_eos: false,
             batch_size: 16,
+            adapters: Vec::new(),
         }
     }
 }
@@ -153,6 +157,10 @@ pub fn generate(
     if !options.stop.is_empty() && codec.tokenizer().is_none() {
         return Err(Error::option("stop", format!("{:?}", options.stop), "stop strings need a tokenizer"));
     }
+    if !options.adapters.is_empty() && options.adapters.len() != prompts.len() {
+        let found = format!("{} for {} prompts", options.adapters.len(), prompts.len());
+        return Err(Error::option("adapters", found, "one for each prompt, or none"));
+    }
     let longest = max_length(model.config());
     let mut sequences = prompts
         .iter()
@@ -163,7 +171,7 @@ pub fn generate(
     let together = sequences.iter().map(Sequence::longest).max().unwrap_or(0);
     let size = if table_follows_length(model.config(), together) { 1 } else { options.batch_size };
     for batch in sequences.chunks_mut(size) {
-        run(model, batch, &mut stats, on_event)?;
+        run(model, batch, &options.adapters, &mut stats, on_event)?;
     }
     Ok(Generated { completions: sequences.into_iter().map(Sequence::complete).collect(), stats })
 }
@@ -185,12 +193,18 @@ fn begun(model: &Model, index: usize, prompt: &[u32]) -> Result<Vec<u32>> {
 }
 
 /// Generates one batch to its end.
-fn run(model: &Model, batch: &mut [Sequence<'_>], stats: &mut Stats, on_event: &mut dyn FnMut(Event)) -> Result<()> {
+fn run(
+    model: &Model,
+    batch: &mut [Sequence<'_>],
+    adapters: &[usize],
+    stats: &mut Stats,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<()> {
     let mut live: Vec<&mut Sequence<'_>> = batch.iter_mut().filter(|s| !s.is_finished()).collect();
     if live.is_empty() {
         return Ok(());
     }
-    let (flow, mut cache) = (Flow::eval(), model.new_cache());
+    let (flow, mut cache) = (flow(&live, adapters), model.new_cache());
     let start = Instant::now();
     let prompts: Vec<&[u32]> = live.iter().map(|s| s.tokens()).collect();
     let mut scores = rows(&model.advance(&left_padded(&prompts), &mut cache, &flow)?)?;
@@ -202,10 +216,18 @@ fn run(model: &Model, batch: &mut [Sequence<'_>], stats: &mut Stats, on_event: &
     let next = take(&mut live, &mut scores, stats, on_event)?;
     match decoder {
         Some(decoder) => decode(decoder, live, next, stats, on_event)?,
-        None => advance(model, cache, live, next, stats, on_event)?,
+        None => advance(model, cache, live, (next, adapters), stats, on_event)?,
     }
     stats.decode_s += start.elapsed().as_secs_f64();
     Ok(())
+}
+
+/// The pass of these sequences, each through its adapter.
+fn flow(live: &[&mut Sequence<'_>], adapters: &[usize]) -> Flow {
+    if adapters.is_empty() {
+        return Flow::eval();
+    }
+    Flow::by_row(live.iter().map(|s| adapters[s.index()]).collect::<Vec<_>>())
 }
 
 /// Lets each sequence choose a token by its scores; the tokens, None of those that are finished with it.
@@ -229,7 +251,7 @@ fn advance(
     model: &Model,
     mut cache: KvCache,
     mut live: Vec<&mut Sequence<'_>>,
-    mut next: Vec<Option<u32>>,
+    (mut next, adapters): (Vec<Option<u32>>, &[usize]),
     stats: &mut Stats,
     on_event: &mut dyn FnMut(Event),
 ) -> Result<()> {
@@ -246,12 +268,12 @@ fn advance(
         let ids = next.into_iter().flatten().collect();
         let positions = live.iter().map(|s| s.tokens().len() as u32 - 1).collect();
         let input = TokenBatch { batch: live.len(), length: 1, ids, positions, segments: None, token_types: None };
-        let mut scores = rows(&model.advance(&input, &mut cache, &Flow::eval())?)?;
+        let mut scores = rows(&model.advance(&input, &mut cache, &flow(&live, adapters))?)?;
         next = take(&mut live, &mut scores, stats, on_event)?;
     }
 }
 
-/// Goes on by recorded steps of all rows; what rows of finished sequences give is not used.
+/// Goes on by steps of a decoder. Sequences that are finished leave the batch, or what their rows give is not used.
 fn decode(
     mut decoder: Decoder,
     mut live: Vec<&mut Sequence<'_>>,
@@ -261,6 +283,11 @@ fn decode(
 ) -> Result<()> {
     let mut ids: Vec<u32> = next.into_iter().map(|id| id.unwrap_or(0)).collect();
     while live.iter().any(|s| !s.is_finished()) {
+        let unfinished: Vec<usize> = (0..live.len()).filter(|row| !live[*row].is_finished()).collect();
+        if unfinished.len() < live.len() && decoder.keep_rows(&unfinished)? {
+            ids = unfinished.iter().map(|row| ids[*row]).collect();
+            live.retain(|s| !s.is_finished());
+        }
         // A sequence takes its one token where the device chose it, and scores where it chooses itself.
         let greedy = live.iter().all(|s| s.is_greedy());
         let chosen = if greedy { decoder.step_greedy(Some(&ids))? } else { Vec::new() };

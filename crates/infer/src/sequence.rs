@@ -50,6 +50,11 @@ pub(crate) struct Sequence<'a> {
 }
 
 impl<'a> Sequence<'a> {
+    /// Its number among the prompts.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
     /// Sequence number `index` after `prompt`, of at most `longest` tokens together.
     pub(crate) fn new(
         index: usize,

@@ -6,7 +6,7 @@ use common::parts::*;
 use common::*;
 use espalier_kernels::attention::{AttentionSpec, Segments};
 use espalier_kernels::part::{
-    AttentionPart, Factors, FeedForwardPart, Gain, Projection, attention_part, feed_forward_part, reference,
+    AttentionPart, Factors, FeedForwardPart, Gain, Projection, Upstream, attention_part, feed_forward_part, reference,
 };
 use std::sync::Arc;
 
@@ -143,13 +143,14 @@ fn nodes_give_the_bits_of_the_tape() {
         let nodes = [attention.node(&x, Some(&a)).unwrap(), feed.node(&x, Some(&f)).unwrap()];
         for ((y, grads), (y_node, node)) in on_tape.iter().zip(&nodes) {
             assert_eq!(bits(y), bits(y_node));
-            let (dx, dp) = node.backward(&g, (true, true)).unwrap();
-            assert_eq!(bits(&grads[0]), bits(&dx.unwrap()));
+            let upstream = Upstream::from(g.clone());
+            let (dx, dp) = node.backward(&upstream, (true, true)).unwrap();
+            assert_eq!(bits(&grads[0]), bits(&dx.unwrap().into()));
             assert_eq!(bits(&grads[1]), bits(&dp.unwrap()));
-            let (dx, dp) = node.backward(&g, (false, true)).unwrap();
+            let (dx, dp) = node.backward(&upstream, (false, true)).unwrap();
             assert!(dx.is_none());
             assert_eq!(bits(&grads[1]), bits(&dp.unwrap()));
-            assert!(node.backward(&g.narrow(1, 0, 3).unwrap(), (true, true)).is_err());
+            assert!(node.backward(&g.narrow(1, 0, 3).unwrap().into(), (true, true)).is_err());
         }
     }
 }

@@ -8,7 +8,7 @@ use espalier_adapters::projected::{FlatParameters, lay_together};
 use espalier_adapters::{Flow, ModuleMut};
 use espalier_kernels::activation::{Activation, activate, gated};
 use espalier_kernels::decode::DecoderBlock;
-use espalier_kernels::part::{FeedForwardPart, Node, attention_part, feed_forward_part};
+use espalier_kernels::part::{FeedForwardPart, Node, Upstream, attention_part, feed_forward_part};
 
 use crate::Result;
 use crate::attention::Attention;
@@ -97,7 +97,7 @@ impl BlockPass {
     ///
     /// # Errors
     /// If `g` has another shape than the output.
-    pub fn backward(self, g: &Tensor, wants_x: bool) -> Result<(Option<Tensor>, FlatGradients)> {
+    pub fn backward(self, g: &Upstream, wants_x: bool) -> Result<(Option<Upstream>, FlatGradients)> {
         let [(attention, a), (mlp, m)] = self.nodes;
         let mut gradients = Vec::with_capacity(2);
         let trained = |flat: &Option<FlatParameters>| flat.as_ref().is_some_and(FlatParameters::is_trained);

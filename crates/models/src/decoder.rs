@@ -25,7 +25,8 @@ impl Model {
     pub fn decoder(&self, cache: &KvCache, capacity: usize, flow: &Flow) -> Result<Option<Decoder>> {
         let embedded = self.position.is_some() || self.token_type.is_some() || self.embed_norm.is_some();
         let scaled = self.config.embed_scale.is_some() || self.config.final_softcap.is_some();
-        if !self.device.is_cuda() || self.dtype != DType::BF16 || embedded || scaled || self.embed.is_changed() {
+        let fits = if self.device.is_cuda() { self.dtype == DType::BF16 } else { self.device.is_cpu() };
+        if !fits || embedded || scaled || self.embed.is_changed() {
             return Ok(None);
         }
         if cache.len() > capacity {
@@ -42,12 +43,34 @@ impl Model {
         let input = TokenBatch::new(vec![0; rows], rows, 1)?;
         let context = Context::new(&self.config, &input, None, (self.dtype, &self.device), &self.tables)?;
         let x = Tensor::zeros((rows, 1, self.config.hidden), self.dtype, &self.device)?;
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (block, layer) in self.blocks.iter().zip(&cache.layers) {
-            let Some(block) = block.step(&x, &context, flow, layer)? else { return Ok(None) };
-            blocks.push(block);
+        // The sets of adapters that sequences go through, in the order in which these are first named.
+        let mut named: Vec<usize> = Vec::new();
+        let sets = flow.rows.as_ref().map(|chosen| {
+            let mut place = |v: &usize| {
+                named.iter().position(|n| n == v).unwrap_or_else(|| {
+                    named.push(*v);
+                    named.len() - 1
+                })
+            };
+            chosen.iter().map(&mut place).collect::<Vec<_>>()
+        });
+        let flows = match &sets {
+            Some(_) => named.iter().map(|v| Flow { rows: Some(vec![*v; rows].into()), ..flow.clone() }).collect(),
+            None => vec![flow.clone()],
+        };
+        let mut all = Vec::with_capacity(flows.len());
+        for flow in &flows {
+            let mut blocks = Vec::with_capacity(self.blocks.len());
+            for (block, layer) in self.blocks.iter().zip(&cache.layers) {
+                let Some(block) = block.step(&x, &context, flow, layer)? else { return Ok(None) };
+                blocks.push(block);
+            }
+            all.push(blocks);
         }
+        let mut all = all.into_iter();
+        let Some(blocks) = all.next() else { return Ok(None) };
+        let others = all.collect();
         let table = self.embed.weight().get().clone();
-        Ok(Decoder::new(&DecoderPlan { table, blocks, norm, head, rotary, padding, capacity })?)
+        Ok(Decoder::new(&DecoderPlan { table, blocks, others, sets, norm, head, rotary, padding, capacity })?)
     }
 }

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use candle_core::{DType, IndexOp, Tensor};
-use common::{batch, difference, golden, load, logits, rows, tensors};
+use common::{batch, device, difference, golden, load, logits, rows, tensors};
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, MethodConfig};
 use espalier_kernels::cross_entropy::cross_entropy;
@@ -115,7 +115,7 @@ fn gradients_equal_transformers() {
             wanted.iter().map(|n| n.trim_end_matches(".weight").trim_end_matches(".bias").to_owned()).collect();
         let config =
             AdapterConfig { modules_to_save: modules, ..AdapterConfig::new(MethodConfig::by_name("lora").unwrap()) };
-        let attached = attach(&mut model, &config, Origin::Seed(0), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let attached = attach(&mut model, &config, Origin::Seed(0), DType::F32, &device()).unwrap();
         let parameters = attached.parameters.clone();
         let mut set = AdapterSet::new();
         set.add("a", attached).unwrap();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Origin, attach};
+use espalier_adapters::attach::{Attached, Origin, attach};
 use espalier_adapters::{AdapterSet, Flow, FrozenWeight, random};
 use espalier_data::Batch;
 use espalier_models::{LoadOptions, Model, ModelConfig, TokenBatch};
@@ -89,6 +89,7 @@ pub struct GenerateReport {
     pub device: String,
     pub dtype: String,
     pub batch: usize,
+    pub adapters: usize,
     pub prompt: usize,
     pub new_tokens: usize,
     pub prefill_tokens_per_s: f64,
@@ -115,16 +116,20 @@ fn prepare(shape: &Shape, positions: usize) -> Result<Setup> {
     let mut model = Model::random(config, &options)?;
     let mut set = AdapterSet::new();
     if shape.rank > 0 {
-        let mut table = toml::Table::new();
-        table.insert("method".into(), shape.method.clone().into());
-        table.insert("r".into(), (shape.rank as i64).into());
-        table.insert("alpha".into(), (2.0 * shape.rank as f64).into());
-        let recipe = Recipe { adapter: table, ..Recipe::default() };
-        let config = recipe.adapter_config()?;
-        set.add("bench", attach(&mut model, &config, Origin::Seed(0), DType::F32, &device)?)?;
+        set.add("bench", adapter(&mut model, shape, 0)?)?;
         set.activate(&mut model, &[("bench", 1.0)])?;
     }
     Ok(Setup { model, set })
+}
+
+fn adapter(model: &mut Model, shape: &Shape, seed: u64) -> Result<Attached> {
+    let mut table = toml::Table::new();
+    table.insert("method".into(), shape.method.clone().into());
+    table.insert("r".into(), (shape.rank as i64).into());
+    table.insert("alpha".into(), (2.0 * shape.rank as f64).into());
+    let config = Recipe { adapter: table, ..Recipe::default() }.adapter_config()?;
+    let device = model.device().clone();
+    Ok(attach(model, &config, Origin::Seed(seed), DType::F32, &device)?)
 }
 
 fn tokens(count: usize, vocab: usize) -> Vec<u32> {
@@ -264,17 +269,31 @@ pub fn train(
     })
 }
 
-/// Times generation with the adapter beside the base: `prompt` tokens in, `new_tokens` out, greedily, for one batch size. What a
-/// generation sets up for its tokens counts as part of its prompt.
+/// Times generation with an adapter beside the base: `prompt` tokens in, `new_tokens` out, greedily, for one batch size, whose rows
+/// go through `adapters` adapters in turn. What a generation sets up for its tokens counts as part of its prompt.
 ///
 /// # Errors
 /// If the shape is not valid.
-pub fn generate(shape: &Shape, batch: usize, prompt: usize, new_tokens: usize) -> Result<GenerateReport> {
-    if batch == 0 || prompt == 0 || new_tokens == 0 {
-        return Err(Error::recipe("bench", "batch, prompt and new tokens must be at least 1"));
+pub fn generate(
+    shape: &Shape,
+    batch: usize,
+    (prompt, new_tokens): (usize, usize),
+    adapters: usize,
+) -> Result<GenerateReport> {
+    if batch == 0 || prompt == 0 || new_tokens == 0 || adapters == 0 {
+        return Err(Error::recipe("bench", "batch, prompt, new tokens and adapters must be at least 1"));
     }
-    let Setup { model, .. } = prepare(shape, prompt + new_tokens)?;
-    let flow = Flow::eval();
+    let Setup { mut model, mut set, .. } = prepare(shape, prompt + new_tokens)?;
+    let mut flow = Flow::eval();
+    if adapters > 1 {
+        let names: Vec<String> = (0..adapters).map(|i| i.to_string()).collect();
+        for (seed, name) in (1..).zip(&names) {
+            set.add(name, adapter(&mut model, shape, seed)?)?;
+        }
+        let wanted: Vec<_> = names.iter().map(|name| Some(name.as_str())).collect();
+        set.activate_by_row(&mut model, &wanted)?;
+        flow = Flow::by_row((0..batch).map(|row| row % adapters).collect::<Vec<_>>());
+    }
     let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..3 {
         let mut cache = model.new_cache();
@@ -306,6 +325,7 @@ pub fn generate(shape: &Shape, batch: usize, prompt: usize, new_tokens: usize) -
         device: shape.device.clone(),
         dtype: shape.dtype.clone(),
         batch,
+        adapters,
         prompt,
         new_tokens,
         prefill_tokens_per_s: (batch * prompt) as f64 / prefill,

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId,
 use espalier_adapters::projected::FlatParameters;
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
+use espalier_kernels::part::Upstream;
 use espalier_kernels::rows::{put_rows, take_rows};
 use espalier_models::{BlockPass, Model, TokenBatch};
 
@@ -211,7 +212,8 @@ pub fn accumulate(
         x = y;
     }
     let needs_blocks = !saved.is_empty() || start == Start::Embeddings;
-    let (loss, mut dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
+    let (loss, dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
+    let mut dx = dx.map(Upstream::from);
     let (mut taped, recorded) = (0, saved.len());
     for (i, kept) in saved.into_iter().enumerate().rev() {
         let Some(upstream) = dx else { break };
@@ -224,7 +226,7 @@ pub fn accumulate(
         dx = match way {
             Record::Tape(leaf, y) => {
                 taped += 1;
-                gradients.add(&seed(&y, upstream)?, Some(leaf.as_tensor()))?
+                gradients.add(&seed(&y, upstream.into())?, Some(leaf.as_tensor()))?.map(Upstream::from)
             }
             Record::Pass(pass) => {
                 let (dx, parameters) = pass.backward(&upstream, wanted)?;
@@ -236,7 +238,7 @@ pub fn accumulate(
         };
     }
     if let (Start::Embeddings, Some(upstream)) = (start, dx) {
-        gradients.add(&seed(&embedded, upstream)?, None)?;
+        gradients.add(&seed(&embedded, upstream.into())?, None)?;
     }
     Ok(Loss { sum: loss, taped: (taped, recorded) })
 }

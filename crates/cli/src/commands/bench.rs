@@ -112,6 +112,9 @@ struct GenerateBench {
     /// Batch sizes.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32])]
     batches: Vec<usize>,
+    /// Adapters that the rows of a batch go through in turn.
+    #[arg(long, default_value_t = 1)]
+    adapters: usize,
     /// Tokens of a prompt.
     #[arg(long, default_value_t = 64)]
     prompt: usize,
@@ -171,7 +174,7 @@ impl Bench {
             }
             What::Generate(b) => {
                 let shape = b.shape.shape();
-                let one = |batch: &usize| Ok(bench::generate(&shape, *batch, b.prompt, b.new_tokens)?);
+                let one = |batch: &usize| Ok(bench::generate(&shape, *batch, (b.prompt, b.new_tokens), b.adapters)?);
                 out.result(&Speeds(b.batches.iter().map(one).collect::<Result<_>>()?))
             }
         }

@@ -6,7 +6,7 @@
 //! Cost:     one pass
 
 use super::Activation;
-use crate::cuda::rows::{Gains, Partial, blocks, spread, vectors};
+use crate::cuda::rows::{Gains, blocks, spread, vectors};
 use crate::cuda::{Gpu, View, launch_with};
 use candle_core::Result;
 
@@ -161,13 +161,9 @@ pub(crate) fn gained_backward(
     blocks(Some(f), (rows, f))?;
     let tiles = f.div_ceil(256);
     let pieces = rows.div_ceil(8).min(1024usize.div_ceil(tiles));
-    // The sums of the gate's gain, then those of the other: pieces of their own, so that each is added up by itself.
-    let sums = Partial::new(gpu, pieces, 2 * f)?;
-    let partial = sums.address();
     let vector = vectors(&[gate, up, d_inner, d_gate, d_up, inner], f);
     let name = if vector { "activation_gained_backward" } else { "activation_gained_backward_scalar" };
     let (grid, kind) = (((tiles, pieces, 1), 256, 0), number(activation));
-    let [a, b] = gains.map(|g| g.values);
     launch_with!(
         gpu,
         name,
@@ -177,8 +173,12 @@ pub(crate) fn gained_backward(
         gate.stride,
         up.at,
         up.stride,
-        a,
-        b,
+        gains[0].values,
+        gains[0].slopes,
+        d_gains[0],
+        gains[1].values,
+        gains[1].slopes,
+        d_gains[1],
         d_inner.at,
         d_inner.stride,
         d_gate.at,
@@ -187,12 +187,7 @@ pub(crate) fn gained_backward(
         d_up.stride,
         inner.at,
         inner.stride,
-        partial,
         rows,
         f
-    )?;
-    for (i, (gains, to)) in gains.iter().zip(d_gains).enumerate().filter(|(_, (_, to))| *to != 0) {
-        sums.add(gpu, (i * f, f), gains.slopes, to)?;
-    }
-    Ok(())
+    )
 }

@@ -1,5 +1,4 @@
-//! Launches that are recorded once and replayed as one: a graph of kernels in a row, each of which may start while the one before
-//! it still runs and waits for its results itself (`cuda/kernels/step.cuh`).
+//! Launches that are recorded once and replayed as one, of kernels whose blocks wait for each other.
 
 use super::{Arg, Gpu, Grid};
 use candle_core::cuda_backend::WrapErr;
@@ -24,31 +23,23 @@ impl<'a> Launches<'a> {
         Self { gpu, stream: gpu.stream.cu_stream() }
     }
 
-    /// Launches a kernel that waits for earlier results itself if `early`: it may start before they are there.
+    /// Launches a kernel all of whose blocks run at once.
     ///
     /// # Errors
-    /// If there is no such kernel or the driver refuses the launch.
-    pub(crate) fn launch(
-        &self,
-        name: &'static str,
-        (blocks, threads, shared): Grid,
-        early: bool,
-        args: &[Arg],
-    ) -> Result<()> {
+    /// If there is no such kernel, or the driver refuses the launch, as when the device has no room for all blocks.
+    pub(crate) fn launch(&self, name: &'static str, (blocks, threads, shared): Grid, args: &[Arg]) -> Result<()> {
         let function = self.gpu.function(name, 0)?;
         use sys::CUfunction_attribute_enum as Attribute;
         if shared > 48 << 10 {
             function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED as i32).w()?;
         }
-        // A processor runs two kernels at once only if they divide its memory alike.
-        function.set_attribute(Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100).w()?;
         let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
         let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { pad: [0; 64] },
         };
-        attribute.value.programmaticStreamSerializationAllowed = 1;
+        attribute.value.cooperative = 1;
         let config = sys::CUlaunchConfig {
             gridDimX: blocks.0 as u32,
             gridDimY: blocks.1 as u32,
@@ -59,7 +50,7 @@ impl<'a> Launches<'a> {
             sharedMemBytes: shared as u32,
             hStream: self.stream,
             attrs: &raw mut attribute,
-            numAttrs: u32::from(early),
+            numAttrs: 1,
         };
         self.gpu.stream.context().bind_to_thread().w()?;
         // SAFETY: the callers pass the arguments that the kernel of that name takes, in its order; addresses are of memory that

@@ -3,6 +3,7 @@
 //! The kernels are in `cuda/kernels/*.cu`, one file per operation, compiled when the crate is. Everything runs in order on the
 //! one stream that candle uses for the device, so memory freed while a kernel still reads it is reused only after it.
 
+pub(crate) mod factors;
 pub(crate) mod graph;
 mod launch;
 pub mod optimizer;
@@ -30,6 +31,8 @@ pub(crate) struct Gpu {
     modules: Vec<(&'static str, Arc<CudaModule>)>,
     functions: RwLock<HashMap<&'static str, CudaFunction>>,
     pub(crate) products: Mutex<product::Products>,
+    /// Zeros between launches, where kernels that leave them so add up.
+    zeros: Mutex<Option<CudaSlice<f32>>>,
     /// Compute capability, as 90.
     pub(crate) capability: i32,
     /// Streaming multiprocessors.
@@ -71,6 +74,7 @@ impl Gpu {
             modules: modules.collect::<Result<_>>()?,
             functions: RwLock::default(),
             products: Mutex::new(product::Products::new()?),
+            zeros: Mutex::default(),
             capability: 10 * attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
                 + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,

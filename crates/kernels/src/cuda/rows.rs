@@ -2,10 +2,9 @@
 //!
 //! Equation: affine: y = sums gain + bias + residual; backward: below = g gain, d_gain += sum over rows of g sums
 //! Shapes:   matrices [rows, width] bf16; gain, bias, d_gain `[width]` f32; index u32
-//! Cost:     one pass over the matrices; column sums in two stages whose order depends on the shape only
+//! Cost:     one pass over the matrices; column sums are added up in the order in which blocks finish
 
 use super::{Gpu, Grid, View, launch_with};
-use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{Result, bail};
 
 /// Threads a block of the elementwise kernels.
@@ -93,7 +92,7 @@ pub(crate) fn affine(
 }
 
 /// Gains of columns.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Gains {
     /// Address of the values, f32.
     pub(crate) values: u64,
@@ -101,72 +100,37 @@ pub(crate) struct Gains {
     pub(crate) slopes: u64,
 }
 
-/// below <- g gain; `sums` may be below, g or neither. The column sums of g sums are left for [`Partial::add`].
+/// below <- g gain; `sums` may be below, g or neither. The column sums of g sums, times the slopes, are added to the gradients of
+/// the gains: up to three maps side by side, each with its columns and the address of f32 (0: not wanted).
 ///
 /// # Errors
-/// If the driver refuses the launch.
+/// If there are more maps, or the driver refuses the launch.
 pub(crate) fn affine_backward(
     gpu: &Gpu,
-    g: View,
-    sums: View,
-    gain: u64,
-    below: View,
+    (g, sums, below): (View, View, View),
+    gain: Gains,
+    d_gains: &[(usize, u64)],
     (rows, w): (usize, usize),
-) -> Result<Partial> {
+) -> Result<()> {
     blocks(Some(w), (rows, w))?;
+    if d_gains.len() > 3 {
+        bail!("{} gains side by side for a CUDA kernel that takes three", d_gains.len())
+    }
     // A block has 256 columns and 8 warps of STEP rows each; about 500 blocks fill any device.
     let tiles = w.div_ceil(256);
     let pieces = rows.div_ceil(8 * STEP).min(512usize.div_ceil(tiles));
-    let sums_of_pieces = Partial::new(gpu, pieces, w)?;
-    let partial = sums_of_pieces.address();
     let name = if vectors(&[g, sums, below], w) { "rows_affine_backward" } else { "rows_affine_backward_scalar" };
     let grid = ((tiles, pieces, 1), 256, 0);
-    launch_with!(
-        gpu,
-        name,
-        grid,
-        g.at,
-        g.stride,
-        sums.at,
-        sums.stride,
-        gain,
-        below.at,
-        below.stride,
-        partial,
-        rows,
-        w
-    )?;
-    Ok(sums_of_pieces)
-}
-
-/// Sums of pieces of rows, [pieces, w] in f32.
-#[derive(Debug)]
-pub(crate) struct Partial {
-    _held: CudaSlice<f32>,
-    at: u64,
-    pieces: usize,
-    w: usize,
-}
-
-impl Partial {
-    /// Sums of `pieces` pieces at an address.
-    pub(crate) fn new(gpu: &Gpu, pieces: usize, w: usize) -> Result<Self> {
-        let held = gpu.alloc::<f32>(pieces * w)?;
-        Ok(Self { at: gpu.address(&held), _held: held, pieces, w })
+    let mut words = [0u64, 0, 0, gain.slopes, w as u64, w as u64];
+    let mut first = 0;
+    for (i, (columns, to)) in d_gains.iter().enumerate() {
+        words[i] = *to;
+        if i > 0 {
+            words[3 + i] = first as u64;
+        }
+        first += columns;
     }
-
-    /// Where the sums are.
-    pub(crate) fn address(&self) -> u64 {
-        self.at
-    }
-
-    /// to += slope times the sums of all pieces, for `count` columns from `first` on; addresses of f32, slopes 0: ones.
-    ///
-    /// # Errors
-    /// If the driver refuses the launch.
-    pub(crate) fn add(&self, gpu: &Gpu, (first, count): (usize, usize), slopes: u64, to: u64) -> Result<()> {
-        let from = self.at + (first * size_of::<f32>()) as u64;
-        let grid = ((count.div_ceil(32), 1, 1), 256, 0);
-        launch_with!(gpu, "rows_add_partial", grid, from, self.w, self.pieces, count, slopes, to)
-    }
+    let (values, words) = (gain.values, Box::<[u64]>::from(words));
+    let (a, b, c) = (g.stride, sums.stride, below.stride);
+    launch_with!(gpu, name, grid, g.at, a, sums.at, b, values, below.at, c, words, rows, w)
 }

@@ -1,8 +1,8 @@
-//! Attention of one new token a row over a cache: `cuda/kernels/attend.cu`.
+//! Attention of one new token a row over a cache: `cuda/kernels/attend.cuh`.
 
-use super::product::Next;
-use crate::cuda::graph::Launches;
-use crate::cuda::{Arg, View, address};
+use super::phase::{Phase, Work};
+use super::product::Product;
+use crate::cuda::{View, address};
 use candle_core::{Result, Tensor};
 use half::bf16;
 
@@ -16,81 +16,58 @@ pub(super) struct Heads {
     pub(super) window: Option<usize>,
 }
 
-/// The cache of a block and where rows are in it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Cache<'a> {
-    /// [m, capacity, kv, d].
-    pub(super) keys: &'a Tensor,
-    pub(super) values: &'a Tensor,
-    /// Addresses of u32 `[m]`: the new token's place, and the first place that is no padding.
-    pub(super) places: u64,
-    pub(super) firsts: u64,
-    /// [capacity, r / 2].
-    pub(super) rotary: (&'a Tensor, &'a Tensor),
-}
-
 impl Heads {
-    /// Whether the kernels take them.
+    /// Whether the kernel takes them.
     pub(super) fn fit(&self) -> bool {
         matches!(self.head_dim, 64 | 128) && self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads)
     }
 
-    /// Query heads of a block: as many as share keys, while there are blocks for half of the processors.
-    fn together(&self, m: usize, processors: usize) -> usize {
+    /// Query heads that one team of warps attends for, and warps of a team: one head a team, while there are teams for all.
+    fn teams(&self, m: usize, processors: usize) -> (usize, usize) {
         let group = self.heads / self.kv_heads;
-        let enough = |g: &usize| *g < 2 * group && 2 * m * self.kv_heads * group.div_ceil(*g) >= processors;
-        [8, 4, 2].into_iter().find(enough).unwrap_or(1)
+        let items = |together: usize| m * self.kv_heads * group.div_ceil(together);
+        let together = [1, 2].into_iter().find(|g| *g >= group || items(*g) <= 2 * processors).unwrap_or(4);
+        (together, if items(together) > processors { 4 } else { 8 })
     }
 
-    /// Appends the keys and values of `qkv` [m, (heads + 2 kv) d] to the cache, and writes the attention of the queries to `out`
-    /// [m, heads d]; adds the A x of the next product to zeros.
+    /// Appends the keys and values of `qkv` [m, (heads + 2 kv) d] to a cache of keys and values [m, capacity, kv, d], and writes
+    /// the attention of the queries to `out` [m, heads d], in tiles if its stride is 0; `half` angles turn a head.
     ///
     /// # Errors
-    /// If the driver refuses the launch.
-    pub(super) fn launch(
+    /// If tensors are not as they are described.
+    pub(super) fn phase(
         &self,
-        on: &Launches<'_>,
-        m: usize,
+        (m, processors): (usize, usize),
         (qkv, out): (View, View),
-        cache: &Cache<'_>,
-        next: Option<&Next<'_>>,
-    ) -> Result<()> {
-        let (a_next, u_next, next) = Next::parts(next)?;
-        let (capacity, half) = (cache.keys.dim(1)?, cache.rotary.0.dim(1)?);
-        let together = self.together(m, on.gpu.processors as usize);
-        let name = match (self.head_dim, together) {
-            (64, 1) => "attend_64_1",
-            (64, 2) => "attend_64_2",
-            (64, 4) => "attend_64_4",
-            (64, _) => "attend_64_8",
-            (_, 1) => "attend_128_1",
-            (_, 2) => "attend_128_2",
-            (_, 4) => "attend_128_4",
-            _ => "attend_128_8",
-        };
-        let window = self.window.map_or(0, |w| i32::try_from(w).unwrap_or(i32::MAX / 2).min(i32::MAX / 2));
-        let runs = (self.heads / self.kv_heads).div_ceil(together);
-        let args = [
-            qkv.at.into(),
-            qkv.stride.into(),
-            self.heads.into(),
-            self.kv_heads.into(),
-            address::<bf16>(cache.keys)?.into(),
-            address::<bf16>(cache.values)?.into(),
-            capacity.into(),
-            cache.places.into(),
-            cache.firsts.into(),
-            address::<f32>(cache.rotary.0)?.into(),
-            address::<f32>(cache.rotary.1)?.into(),
-            half.into(),
-            self.scale.into(),
-            window.into(),
-            out.at.into(),
-            out.stride.into(),
-            a_next.into(),
-            u_next.into(),
-            Arg::from(next),
-        ];
-        on.launch(name, ((self.kv_heads, m, runs), 256, 0), true, &args)
+        (keys, values): (&Tensor, &Tensor),
+        half: usize,
+        next: Option<&Product>,
+    ) -> Result<Phase> {
+        let (a_next, next) = Product::parts(next)?;
+        let (together, team) = self.teams(m, processors);
+        let d = self.head_dim;
+        Ok(Phase {
+            work: Work::Attend,
+            x: qkv.at,
+            x_stride: qkv.stride,
+            out: out.at,
+            out_stride: out.stride,
+            a_next,
+            next,
+            keys: address::<bf16>(keys)?,
+            values: address::<bf16>(values)?,
+            scale: self.scale,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: d,
+            together,
+            team,
+            capacity: keys.dim(1)?,
+            window: self.window.map_or(0, |w| w.min(i32::MAX as usize / 2)),
+            half,
+            // As `team_floats` in the kernel.
+            scratch: 8 / team * (together * d + 2 * d + team * together * (d + 2)),
+            ..Phase::default()
+        })
     }
 }

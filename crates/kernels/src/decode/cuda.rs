@@ -1,11 +1,12 @@
-//! A whole step as one graph.
+//! A whole step: its phases, and the graph that launches it.
 
-use super::attend::{Cache, Heads};
-use super::product::{Next, Product, RowNorm, Use};
+use super::attend::Heads;
+use super::phase::{Phase, Rows, Step, Work, in_tiles};
+use super::product::{Product, RowNorm, Use};
 use super::{DecoderBlock, DecoderPlan, ROWS};
 use crate::activation::Activation;
-use crate::cuda::graph::{Graph, Launches};
-use crate::cuda::{Arg, Gpu, View, address};
+use crate::cuda::graph::Graph;
+use crate::cuda::{Gpu, View, address};
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor, bail};
@@ -64,18 +65,17 @@ impl Block {
     }
 }
 
-/// Memory that the kernels of a step leave their results in.
+/// Memory that the phases of a step leave their results in.
 struct Space {
     ids: CudaSlice<u32>,
     places: CudaSlice<u32>,
     firsts: CudaSlice<u32>,
     x: CudaSlice<bf16>,
+    /// x times the gain of the next norm; this and what else products read is in tiles.
+    scaled: CudaSlice<bf16>,
     qkv: CudaSlice<bf16>,
     attended: CudaSlice<bf16>,
     inner: CudaSlice<bf16>,
-    /// A x of all products, one after the other.
-    u: CudaSlice<f32>,
-    u_len: usize,
     scores: Tensor,
 }
 
@@ -83,8 +83,10 @@ struct Space {
 pub(super) struct Steps {
     // Dropped first: the rest is what it reads.
     graph: Graph,
+    _step: Step,
     gpu: Arc<Gpu>,
     space: Space,
+    _beside: Vec<Tensor>,
     _blocks: Vec<Block>,
     _head: Product,
     _held: (Tensor, Tensor, Tensor),
@@ -130,24 +132,41 @@ impl Steps {
         let table = table.detach().contiguous()?;
         let (cos, sin) = (plan.rotary.0.contiguous()?, plan.rotary.1.contiguous()?);
         let widest = |width: fn(&Block) -> usize| blocks.iter().map(width).max().unwrap_or(0);
-        let u_len =
-            m * blocks.iter().flat_map(|b| [&b.qkv, &b.o, &b.gate_up, &b.down]).map(Product::ranks).sum::<usize>();
         let upload = |values: &[u32]| gpu.stream.clone_htod(values).w();
         let space = Space {
             ids: upload(&vec![0; m])?,
             places: upload(&vec![length as u32; m])?,
             firsts: upload(&plan.padding)?,
             x: gpu.alloc(m * h)?,
+            scaled: gpu.alloc(in_tiles(m, h))?,
             qkv: gpu.alloc(m * widest(|b| b.qkv.d_out()))?,
-            attended: gpu.alloc(m * widest(|b| b.o.d_in()))?,
-            inner: gpu.alloc(m * widest(|b| b.down.d_in()))?,
-            u: gpu.alloc(u_len)?,
-            u_len,
+            attended: gpu.alloc(in_tiles(m, widest(|b| b.o.d_in())))?,
+            inner: gpu.alloc(in_tiles(m, widest(|b| b.down.d_in())))?,
             scores: gpu.tensor(gpu.alloc::<bf16>(m * vocab)?, &[m, vocab]),
         };
-        let graph = Graph::record(&gpu, |on| record(on, &blocks, &head, &space, (&table, &cos, &sin), m))?;
+        let (phases, _beside) = phases(&gpu, &blocks, &head, &space, (&table, cos.dim(1)?), m)?;
+        let by_row = Rows {
+            ids: gpu.address(&space.ids),
+            places: gpu.address(&space.places),
+            firsts: gpu.address(&space.firsts),
+            rotary: (address::<f32>(&cos)?, address::<f32>(&sin)?),
+        };
+        let Some(step) = Step::new(&gpu, m, &phases, &by_row)? else { return Ok(None) };
+        let graph = Graph::record(&gpu, |on| step.launch(on))?;
         let (rows, room, _held) = (m, plan.capacity - length, (table, cos, sin));
-        Ok(Some(Self { graph, gpu, space, _blocks: blocks, _head: head, _held, vocab, rows, room }))
+        Ok(Some(Self {
+            graph,
+            _step: step,
+            gpu,
+            space,
+            _beside,
+            _blocks: blocks,
+            _head: head,
+            _held,
+            vocab,
+            rows,
+            room,
+        }))
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -186,62 +205,41 @@ impl Steps {
     }
 }
 
-/// Launches a step.
-fn record(
-    on: &Launches<'_>,
+/// The phases of a step, and what goes with the weights.
+fn phases(
+    gpu: &Gpu,
     blocks: &[Block],
     head: &Product,
     space: &Space,
-    (table, cos, sin): (&Tensor, &Tensor, &Tensor),
+    (table, half): (&Tensor, usize),
     m: usize,
-) -> Result<()> {
-    let gpu = on.gpu;
-    let (vocab, h) = table.dims2()?;
-    let (x, residual) = (View::new(gpu.address(&space.x), h), Some(gpu.address(&space.x)));
-    let (ids, places) = (gpu.address(&space.ids), gpu.address(&space.places));
-    let mut free = gpu.address(&space.u);
-    on.zero(free, space.u_len.max(1) * size_of::<f32>())?;
-    let mut take = |product| {
-        let next = Next { product, u: free };
-        free += (m * Product::ranks(product) * size_of::<f32>()) as u64;
-        next
-    };
-    let Some(first) = blocks.first() else { return Ok(()) };
-    let mut next = take(&first.qkv);
-    let (a, u, ranks) = Next::parts(Some(&next))?;
-    let table = address::<bf16>(table)?;
-    let args = [ids.into(), table.into(), vocab.into(), x.at.into(), h.into(), a.into(), u.into(), Arg::from(ranks)];
-    // The one before it is no kernel of ours.
-    on.launch("attend_embed", ((h.div_ceil(128), m, 1), 128, 0), false, &args)?;
+) -> Result<(Vec<Phase>, Vec<Tensor>)> {
+    let ((vocab, h), processors) = (table.dims2()?, gpu.processors as usize);
+    let (x, scaled) = (View::new(gpu.address(&space.x), h), gpu.address(&space.scaled));
+    let (attended, inner) = (gpu.address(&space.attended), gpu.address(&space.inner));
+    let (mut all, mut held) = (Vec::with_capacity(5 * blocks.len() + 3), Vec::new());
+    let table = View::new(address::<bf16>(table)?, h);
+    all.push(blocks.first().map_or(head, |b| &b.qkv).enter((table, vocab), x, scaled)?);
+    let sum = Use { residual: x.at, scaled, ..Use::default() };
     for (i, block) in blocks.iter().enumerate() {
-        let (qkv, attended) = (View::new(gpu.address(&space.qkv), block.qkv.d_out()), block.o.d_in());
-        let attended = View::new(gpu.address(&space.attended), attended);
-        let inner = View::new(gpu.address(&space.inner), block.down.d_in());
-        block.qkv.launch(on, m, (x, next.u), qkv, Use::default(), None)?;
-        next = take(&block.o);
-        let cache = Cache {
-            keys: &block.keys,
-            values: &block.values,
-            places,
-            firsts: gpu.address(&space.firsts),
-            rotary: (cos, sin),
+        let qkv = View::new(gpu.address(&space.qkv), block.qkv.d_out());
+        let gated = Use { gated: Some(block.activation), ..Use::default() };
+        let following = blocks.get(i + 1).map_or(head, |b| &b.qkv);
+        let mut add = |(phase, beside): (Phase, Tensor)| {
+            held.push(beside);
+            phase
         };
-        block.heads.launch(on, m, (qkv, attended), &cache, Some(&next))?;
-        let (u, sum) = (next.u, Use { residual, ..Use::default() });
-        next = take(&block.gate_up);
-        block.o.launch(on, m, (attended, u), x, sum, Some(&next))?;
-        let (u, gated) = (next.u, Use { gated: Some(block.activation), ..Use::default() });
-        next = take(&block.down);
-        block.gate_up.launch(on, m, (x, u), inner, gated, Some(&next))?;
-        let u = next.u;
-        let following = blocks.get(i + 1).map(|b| take(&b.qkv));
-        block.down.launch(on, m, (inner, u), x, sum, following.as_ref())?;
-        if let Some(following) = following {
-            next = following;
-        }
+        all.push(add(block.qkv.phase(scaled, qkv, Use::default(), None)?));
+        let cache = (&block.keys, &block.values);
+        all.push(block.heads.phase((m, processors), (qkv, View::new(attended, 0)), cache, half, Some(&block.o))?);
+        all.push(add(block.o.phase(attended, x, sum, Some(&block.gate_up))?));
+        all.push(add(block.gate_up.phase(scaled, View::new(inner, 0), gated, Some(&block.down))?));
+        all.push(add(block.down.phase(inner, x, sum, Some(following))?));
     }
     let scores = address::<bf16>(&space.scores)?;
-    head.launch(on, m, (x, 0), View::new(scores, vocab), Use::default(), None)?;
-    let args = [scores.into(), vocab.into(), ids.into(), Arg::from(places)];
-    on.launch("attend_best", ((m, 1, 1), 1024, 0), true, &args)
+    let (phase, beside) = head.phase(scaled, View::new(scores, vocab), Use::default(), None)?;
+    all.push(phase);
+    held.push(beside);
+    all.push(Phase { work: Work::Best, x: scores, x_stride: vocab, d_in: vocab, ..Phase::default() });
+    Ok((all, held))
 }

@@ -1,11 +1,10 @@
-//! A product of few rows: `cuda/kernels/decode.cu`.
+//! A product of few rows: a phase of `cuda/kernels/decode.cu`.
 
-use super::ROWS;
+use super::phase::{Phase, Work};
 use crate::activation::Activation;
 use crate::activation::cuda::number;
-use crate::cuda::graph::{Launches, SHARED};
 use crate::cuda::rows::aligned;
-use crate::cuda::{Arg, View, address, matrix};
+use crate::cuda::{View, address, matrix};
 use crate::frozen::FrozenWeight;
 use crate::part::group::Group;
 use crate::part::{Gain, PartNorm};
@@ -13,10 +12,6 @@ use candle_core::{D, DType, Result, Tensor, bail};
 use half::bf16;
 use std::sync::Arc;
 
-/// Warps of a block, rows of W of a tile, and values of a row of partial sums.
-const WARPS: usize = 8;
-const TILE: usize = 16;
-const SUMS: usize = TILE + 4;
 /// Most ranks of a group.
 const RANKS: usize = 256;
 
@@ -45,10 +40,11 @@ pub(super) struct Product {
     /// Rows of W.
     d_out: usize,
     norm: Option<RowNorm>,
-    /// As `Members` in the kernel: count, first rows, first columns in u, ranks, places of B in the flat parameters.
-    members: [u32; 19],
+    /// Most ranks of a member.
     most: usize,
-    flat: Option<Tensor>,
+    /// B of all members [d_out, most], and by row the first column of u that it meets.
+    b: Option<Tensor>,
+    columns: Vec<f32>,
     gain: Option<Tensor>,
     bias: Option<Tensor>,
     /// The rows that make u from the input, s A or s A diag(gain of the norm) [ranks, d_in]; the norm's 1 / rms comes later.
@@ -61,23 +57,9 @@ pub(super) struct Use {
     /// Of gate and up: the first half of the sums gates the second.
     pub(super) gated: Option<Activation>,
     /// Where rows of the output's stride begin that are added.
-    pub(super) residual: Option<u64>,
-}
-
-/// Where A x of the next product is added up, and its A.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Next<'a> {
-    pub(super) product: &'a Product,
-    pub(super) u: u64,
-}
-
-impl<'a> Next<'a> {
-    /// Address of A, of u, and the ranks; zeros if there is none.
-    pub(super) fn parts(next: Option<&Self>) -> Result<(u64, u64, usize)> {
-        let Some(next) = next else { return Ok((0, 0, 0)) };
-        let Some(a) = &next.product.a else { return Ok((0, 0, 0)) };
-        Ok((address::<f32>(a)?, next.u, next.product.ranks()))
-    }
+    pub(super) residual: u64,
+    /// Where the results go once more, times the gain of the next product's norm, if it has one.
+    pub(super) scaled: u64,
 }
 
 impl Product {
@@ -85,18 +67,15 @@ impl Product {
     pub(super) fn plain(weight: &Arc<FrozenWeight>, norm: Option<RowNorm>) -> Result<Option<Self>> {
         let Some(dense) = weight.as_dense().filter(|_| weight.is_bf16_on_device()) else { return Ok(None) };
         let (view, (d_out, d_in)) = (matrix(dense)?, weight.dims());
-        let mut members = [0; 19];
-        members[0] = 1;
-        let (weight, held) = (view, vec![weight.clone()]);
         let made = Self {
-            weight,
-            _held: held,
+            weight: view,
+            _held: vec![weight.clone()],
             d_in,
             d_out,
             norm,
-            members,
             most: 0,
-            flat: None,
+            b: None,
+            columns: vec![0.0; d_out],
             gain: None,
             bias: None,
             a: None,
@@ -106,31 +85,30 @@ impl Product {
 
     /// The maps of a group with their factors among the flat parameters; None where the kernel does not take them.
     pub(super) fn of(group: &Group<'_>, flat: Option<&Tensor>, norm: Option<RowNorm>) -> Result<Option<Self>> {
-        let Some(first) = group.members.first().filter(|_| group.members.len() <= 3) else { return Ok(None) };
+        let Some(first) = group.members.first() else { return Ok(None) };
         let Some(mut made) = Self::plain(&first.weight, norm)? else { return Ok(None) };
         if flat.is_none() && group.ranks > 0 {
             bail!("decoder: a group of ranks {} without parameters", group.ranks)
         }
         let flat = flat.map(|f| f.detach().to_dtype(DType::F32)?.contiguous()).transpose()?;
-        (made._held, made.d_out) = (group.members.iter().map(|m| m.weight.clone()).collect(), 0);
-        made.members[0] = group.members.len() as u32;
-        for (i, (member, place)) in group.members.iter().zip(&group.places).enumerate() {
+        made._held = group.members.iter().map(|m| m.weight.clone()).collect();
+        made.most = group.places.iter().map(|p| p.rank).max().unwrap_or(0);
+        (made.d_out, made.columns) = (0, Vec::new());
+        for (member, place) in group.members.iter().zip(&group.places) {
             let Some(dense) = member.weight.as_dense().filter(|_| member.weight.is_bf16_on_device()) else {
                 return Ok(None);
             };
             let view = matrix(dense)?;
             let expected = made.weight.at + (made.d_out * made.weight.stride * size_of::<bf16>()) as u64;
-            if (view.at, view.stride) != (expected, made.weight.stride) {
+            if (view.at, view.stride) != (expected, made.weight.stride) || !member.weight.d_out().is_multiple_of(8) {
                 return Ok(None);
             }
-            let fields = [made.d_out, place.row, place.rank, place.b.start];
-            fields.iter().enumerate().for_each(|(k, field)| made.members[1 + 3 * k + i] = *field as u32);
             made.d_out += member.weight.d_out();
-            made.most = made.most.max(place.rank);
+            made.columns.resize(made.d_out, first_column(group.ranks, made.most, place.row) as f32);
         }
         if let Some(flat) = flat {
             (made.gain, made.a) = (gains(group, &flat)?, factors(group, &flat, made.norm.as_ref())?);
-            made.flat = Some(flat);
+            made.b = others(group, &flat, made.most)?;
         }
         if group.members.iter().any(|m| m.bias.is_some()) {
             let bias = |m: &crate::part::Projection| match &m.bias {
@@ -154,90 +132,130 @@ impl Product {
         self.d_out
     }
 
+    pub(super) fn has_norm(&self) -> bool {
+        self.norm.is_some()
+    }
+
     /// Columns of u.
     pub(super) fn ranks(&self) -> usize {
         self.a.as_ref().map_or(0, |a| a.dims()[0])
     }
 
-    /// The rows that make u from the input.
-    pub(super) fn a(&self) -> Option<&Tensor> {
-        self.a.as_ref()
+    /// Address of A and the ranks of a next product; zeros if there is none.
+    pub(super) fn parts(next: Option<&Self>) -> Result<(u64, usize)> {
+        let Some(product) = next else { return Ok((0, 0)) };
+        Ok((product.a.as_ref().map_or(Ok(0), address::<f32>)?, product.ranks()))
     }
 
-    /// out [m, outputs] from rows x [m, d_in] and u [m, ranks]; adds the A x of the next product to zeros.
+    /// The phase before this product where it is the first: rows `ids` of a table [vocab, h] into `out`, and as it reads them into
+    /// `scaled`.
     ///
     /// # Errors
-    /// If the driver refuses the launch.
-    pub(super) fn launch(
-        &self,
-        on: &Launches<'_>,
-        m: usize,
-        (x, u): (View, u64),
-        out: View,
-        what: Use,
-        next: Option<&Next<'_>>,
-    ) -> Result<()> {
-        let optional = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0), address::<f32>);
-        let (a_next, u_next, next) = Next::parts(next)?;
-        let (outputs, second) = if what.gated.is_some() { (self.d_out / 2, self.d_out / 2) } else { (self.d_out, 0) };
-        let groups = m.div_ceil(8).next_power_of_two();
-        debug_assert!(m <= ROWS && self.d_out.is_multiple_of(8));
-        let padded = |floats: usize| floats.next_multiple_of(4);
-        let floats = 8 * groups * (WARPS * SUMS + TILE)
-            + ROWS
-            + 4
-            + padded(m * self.ranks())
-            + padded(m * next)
-            + TILE * next
-            + padded(TILE * (self.most | 1));
-        let staged = 2 * m * (self.d_in.next_multiple_of(64) + 32);
-        let (stays, shared) = match 4 * floats + staged {
-            all if all <= SHARED => (true, all),
-            _ => (false, 4 * floats),
-        };
-        let name = match (groups, stays) {
-            (1, true) => "decode_rows_8",
-            (2, true) => "decode_rows_16",
-            (_, true) => "decode_rows_32",
-            (1, false) => "decode_rows_8_direct",
-            (2, false) => "decode_rows_16_direct",
-            _ => "decode_rows_32_direct",
-        };
-        // One block a processor leaves room for the next kernel's first weights.
-        let tiles = outputs.div_ceil(if second > 0 { TILE / 2 } else { TILE });
-        let processors = on.gpu.processors as usize;
-        let most = if groups < 4 && 2 * (shared + 1024) <= SHARED { 2 * processors } else { processors };
-        let blocks = if tiles <= most { tiles } else { processors };
-        let eps = self.norm.as_ref().map_or(0.0, |n| n.eps);
-        let norm = self.norm.as_ref().map_or(Ok(0), |n| address::<f32>(&n.gain))?;
-        let args = [
-            self.weight.at.into(),
-            self.weight.stride.into(),
-            self.d_in.into(),
-            outputs.into(),
-            second.into(),
-            x.at.into(),
-            x.stride.into(),
-            norm.into(),
-            eps.into(),
-            u.into(),
-            self.ranks().into(),
-            self.most.into(),
-            optional(&self.flat)?.into(),
-            self.members.into(),
-            optional(&self.gain)?.into(),
-            optional(&self.bias)?.into(),
-            what.residual.unwrap_or(0).into(),
-            out.at.into(),
-            out.stride.into(),
-            a_next.into(),
-            u_next.into(),
-            next.into(),
-            what.gated.map_or(0, number).into(),
-            Arg::from(m),
-        ];
-        on.launch(name, ((blocks, 1, 1), 32 * WARPS, shared), true, &args)
+    /// If the table is not contiguous bf16.
+    pub(super) fn enter(&self, (table, vocab): (View, usize), out: View, scaled: u64) -> Result<Phase> {
+        let (a_next, next) = Self::parts(Some(self))?;
+        let gain = self.norm.as_ref().map_or(Ok(0), |n| address::<f32>(&n.gain))?;
+        Ok(Phase {
+            work: Work::Enter,
+            x: table.at,
+            x_stride: table.stride,
+            vocab,
+            d_in: self.d_in,
+            out: out.at,
+            out_stride: out.stride,
+            scaled,
+            a_next,
+            gain,
+            next,
+            ..Phase::default()
+        })
     }
+
+    /// out [m, outputs] from rows x [m, d_in] in tiles that are times the gain of the norm, if there is one, and what the next
+    /// product needs. The tensor is what goes with the weight: the phase reads it.
+    ///
+    /// # Errors
+    /// If tensors are of other shapes, or the device is out of memory.
+    pub(super) fn phase(&self, x: u64, out: View, what: Use, next: Option<&Self>) -> Result<(Phase, Tensor)> {
+        let second = if what.gated.is_some() { self.d_out / 2 } else { 0 };
+        let beside = self.beside(if second > 0 { 2 } else { 1 }, next)?;
+        let (groups, record) = beside.dims2()?;
+        let phase = Phase {
+            work: Work::Product,
+            w: self.weight.at,
+            w_stride: self.weight.stride,
+            beside: address::<f32>(&beside)?,
+            record,
+            groups,
+            second,
+            x,
+            d_in: self.d_in,
+            out: out.at,
+            out_stride: out.stride,
+            scaled: if next.is_some_and(Self::has_norm) { what.scaled } else { 0 },
+            residual: what.residual,
+            ranks: self.ranks(),
+            most: self.most,
+            next: next.map_or(0, Self::ranks),
+            activation: what.gated.map_or(0, |a| number(a) as usize),
+            norm: self.has_norm(),
+            eps: self.norm.as_ref().map_or(0.0, |n| n.eps),
+            ..Phase::default()
+        };
+        Ok((phase, beside))
+    }
+
+    /// What goes with each eight rows of W, one part of W below the other where there are two: `beside` in the kernel.
+    fn beside(&self, parts: usize, next: Option<&Self>) -> Result<Tensor> {
+        let (eights, device) = (self.d_out / 8, self._held[0].device());
+        let groups = eights / parts;
+        let columns: Vec<f32> = self.columns.iter().copied().step_by(8).collect();
+        let columns = Tensor::from_vec(columns, (parts, groups), &device)?.t()?.contiguous()?;
+        let mut all = vec![columns.pad_with_zeros(1, 0, 4 - parts)?];
+        let b =
+            self.b.as_ref().map(|b| b.reshape((eights, 8, self.most))?.transpose(1, 2)?.contiguous()).transpose()?;
+        let b = b.map(|b| b.reshape((eights, 8 * self.most))).transpose()?;
+        let gain = self.gain.clone().map_or_else(|| Tensor::ones(self.d_out, DType::F32, &device), Ok)?;
+        let bias = self.bias.clone().map_or_else(|| Tensor::zeros(self.d_out, DType::F32, &device), Ok)?;
+        let (gain, bias) = (gain.reshape((eights, 8))?, bias.reshape((eights, 8))?);
+        for part in 0..parts {
+            for values in b.iter().chain([&gain, &bias]) {
+                all.push(values.narrow(0, part * groups, groups)?);
+            }
+        }
+        if let Some(a) = next.and_then(|n| n.a.as_ref()) {
+            let ranks = a.dim(0)?;
+            all.push(a.reshape((ranks, groups, 8))?.transpose(0, 1)?.contiguous()?.reshape((groups, 8 * ranks))?);
+        }
+        all.push(match next.and_then(|n| n.norm.as_ref()) {
+            Some(norm) => norm.gain.reshape((groups, 8))?,
+            None => Tensor::zeros((groups, 8), DType::F32, &device)?,
+        });
+        Tensor::cat(&all, 1)?.contiguous()
+    }
+}
+
+/// Where the columns of u begin that rows of B meet: all `most` of them are inside.
+fn first_column(ranks: usize, most: usize, row: usize) -> usize {
+    row.min(ranks - most)
+}
+
+/// B of all members one below the other [d_out, most], zeros beside those with fewer ranks.
+fn others(group: &Group<'_>, flat: &Tensor, most: usize) -> Result<Option<Tensor>> {
+    if most == 0 {
+        return Ok(None);
+    }
+    let of = |(member, place): (&crate::part::Projection, &crate::part::group::Place)| -> Result<Tensor> {
+        let d_out = member.weight.d_out();
+        if place.rank == 0 {
+            return Tensor::zeros((d_out, most), DType::F32, flat.device());
+        }
+        let before = place.row - first_column(group.ranks, most, place.row);
+        let b = flat.narrow(0, place.b.start, d_out * place.rank)?.reshape((d_out, place.rank))?;
+        b.pad_with_zeros(1, before, most - place.rank - before)
+    };
+    let all = group.members.iter().zip(&group.places).map(of).collect::<Result<Vec<_>>>()?;
+    Tensor::cat(&all, 0).map(Some)
 }
 
 /// s A, times the gain of the norm before, of all members one below the other.

@@ -1,14 +1,16 @@
-//! The kernels of a step one at a time, to compare each with its definition.
+//! Single phases of a step, to compare each with its definition.
 
 use super::ROWS;
-use super::attend::{Cache, Heads};
-use super::product::{Next, Product, RowNorm, Use};
+use super::attend::Heads;
+use super::phase::{Phase, Rows, Step, in_tiles};
+use super::product::{Product, RowNorm, Use};
 use crate::activation::Activation;
 use crate::cuda::graph::Launches;
 use crate::cuda::{Gpu, View, address, matrix};
 use crate::part::group::groups;
 use crate::part::{PartNorm, Projection};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::cuda_backend::WrapErr;
+use candle_core::{Result, Tensor, bail};
 use half::bf16;
 
 /// What a product of a few rows is followed by.
@@ -51,19 +53,30 @@ pub fn product(
     if x.dim(1)? != made.d_in() || then.as_ref().is_some_and(|t| t.d_in() != outputs) {
         bail!("product of few rows: {:?} for a weight [{}, {}]", x.dims(), made.d_out(), made.d_in())
     }
-    let wide = x.to_dtype(DType::F32)?;
-    let u = made.a().map(|a| wide.matmul(&a.t()?)?.contiguous()).transpose()?;
-    let u_next = then.as_ref().map(|t| Tensor::zeros((m, t.ranks()), DType::F32, x.device())).transpose()?;
+    if !outputs.is_multiple_of(8) {
+        return Ok(None);
+    }
     let out = gpu.tensor(gpu.alloc::<bf16>(m * outputs)?, &[m, outputs]);
-    let next = match (&then, &u_next) {
-        (Some(product), Some(u)) => Some(Next { product, u: address::<f32>(u)? }),
-        _ => None,
-    };
-    let what = Use { gated: after.gated, residual: after.residual.map(address::<bf16>).transpose()? };
-    let u = u.as_ref().map_or(Ok(0), address::<f32>)?;
-    made.launch(&Launches::now(&gpu), m, (matrix(x)?, u), matrix(&out)?, what, next.as_ref())?;
-    x.device().synchronize()?;
-    Ok(Some((out, u_next)))
+    let [entered, scaled] = [gpu.alloc::<bf16>(m * made.d_in())?, gpu.alloc::<bf16>(in_tiles(m, made.d_in()))?];
+    let ids = gpu.stream.clone_htod(&(0..m as u32).collect::<Vec<_>>()).w()?;
+    let (rows, input) = (View::new(gpu.address(&entered), made.d_in()), gpu.address(&scaled));
+    let enter = made.enter((matrix(x)?, m), rows, input)?;
+    let residual = after.residual.map_or(Ok(0), address::<bf16>)?;
+    let what = Use { gated: after.gated, residual, scaled: 0 };
+    let (phase, _beside) = made.phase(input, matrix(&out)?, what, then.as_ref())?;
+    let by_row = Rows { ids: gpu.address(&ids), places: 0, firsts: 0, rotary: (0, 0) };
+    let u = run(&gpu, m, &[enter, phase], &by_row, then.as_ref())?;
+    Ok(u.map(|u| (out, u)))
+}
+
+/// Launches phases; s A y of the product after them.
+fn run(gpu: &Gpu, m: usize, phases: &[Phase], rows: &Rows, then: Option<&Product>) -> Result<Option<Option<Tensor>>> {
+    let Some(step) = Step::new(gpu, m, phases, rows)? else { return Ok(None) };
+    step.launch(&Launches::now(gpu))?;
+    gpu.stream.synchronize().w()?;
+    let Some(then) = then else { return Ok(Some(None)) };
+    let u = step.added(gpu, phases.len() - 1, then.ranks())?;
+    Tensor::from_vec(u, (m, then.ranks()), &candle_core::Device::Cpu).map(|u| Some(Some(u)))
 }
 
 /// What attention of one token a row is over: keys and values [m, capacity, kv, d] bf16, the first `length` places in use.
@@ -102,22 +115,12 @@ pub fn attention(
     }
     let gpu = Gpu::of(qkv.device())?;
     let out = gpu.tensor(gpu.alloc::<bf16>(m * heads.heads * head_dim)?, &[m, heads.heads * head_dim]);
-    let u_next = then.as_ref().map(|t| Tensor::zeros((m, t.ranks()), DType::F32, qkv.device())).transpose()?;
-    let places = Tensor::from_vec(vec![past.length as u32; m], m, qkv.device())?;
-    let firsts = Tensor::from_slice(past.padding, m, qkv.device())?;
-    let cache = Cache {
-        keys: past.keys,
-        values: past.values,
-        places: address::<u32>(&places)?,
-        firsts: address::<u32>(&firsts)?,
-        rotary: past.rotary,
-    };
-    let next = match (&then, &u_next) {
-        (Some(product), Some(u)) => Some(Next { product, u: address::<f32>(u)? }),
-        _ => None,
-    };
+    let places = gpu.stream.clone_htod(&vec![past.length as u32; m]).w()?;
+    let firsts = gpu.stream.clone_htod(past.padding).w()?;
+    let rotary = (address::<f32>(past.rotary.0)?, address::<f32>(past.rotary.1)?);
+    let by_row = Rows { ids: 0, places: gpu.address(&places), firsts: gpu.address(&firsts), rotary };
     let rows = View::new(address::<bf16>(qkv)?, qkv.dim(1)?);
-    heads.launch(&Launches::now(&gpu), m, (rows, matrix(&out)?), &cache, next.as_ref())?;
-    qkv.device().synchronize()?;
-    Ok(Some((out, u_next)))
+    let (half, on) = (past.rotary.0.dim(1)?, (m, gpu.processors as usize));
+    let phase = heads.phase(on, (rows, matrix(&out)?), (past.keys, past.values), half, then.as_ref())?;
+    Ok(run(&gpu, m, &[phase], &by_row, then.as_ref())?.map(|u| (out, u)))
 }

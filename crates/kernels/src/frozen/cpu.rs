@@ -10,7 +10,8 @@ use super::{Bordered, FrozenWeight};
 use crate::element::{Element, by_dtype, cpu_slice, slice};
 use crate::parallel::{self, chunks};
 use crate::product::{
-    FEW, Multiply, Right, Rows, Term, dots, panel_width, panels_of, scatter, scatter_pairs, transpose, transpose_pairs,
+    Beside, FEW, Multiply, Right, Rows, Term, dots, dots_beside, panel_width, panels_of, scatter, scatter_pairs,
+    transpose, transpose_pairs,
 };
 use crate::vector::to_bf16;
 #[cfg(feature = "cuda")]
@@ -78,6 +79,26 @@ pub(crate) fn multiply<T: Multiply>(
         let terms: Vec<Term<'_>> = [Term::new(x, &operand)].into_iter().chain(beside.iter().copied()).collect();
         T::multiply(n, d_out, &terms)
     })
+}
+
+/// `dots(first, x, beside, y)` writes y [rows, n] for the rows of a weight from `first` on, input rows x [n, d_in] and what is
+/// beside each of them (rows of B from `first` on).
+pub(crate) type Dots<'a> = dyn Fn(usize, &[f32], &[Beside<'_>], &mut [f32]) + Sync + 'a;
+
+/// Runs `f` on the dot products of each of `weights`.
+pub(crate) fn with_dots<R>(
+    weights: &[&FrozenWeight],
+    before: &[&Dots<'_>],
+    f: &mut dyn FnMut(&[&Dots<'_>]) -> R,
+) -> Result<R> {
+    let Some((weight, rest)) = weights.split_first() else { return Ok(f(before)) };
+    let d_in = weight.dims().1;
+    with_source(weight, |source| {
+        let dots =
+            |first: usize, x: &[f32], beside: &[Beside<'_>], y: &mut [f32]| source.dots(d_in, first, x, beside, y);
+        let all: Vec<&Dots<'_>> = before.iter().copied().chain([&dots as &Dots<'_>]).collect();
+        with_dots(rest, &all, f)
+    })?
 }
 
 /// Runs `f` on W^T [d_in, d_out], or on W [d_out, d_in] if `transposed`, as a right operand.
@@ -239,11 +260,6 @@ fn with_source<R>(weight: &FrozenWeight, f: impl FnOnce(&Source<'_>) -> R) -> Re
 }
 
 impl Source<'_> {
-    /// Whether dot products read the stored form itself.
-    fn is_direct(&self) -> bool {
-        matches!(self, Self::F32(_) | Self::Bf16(_) | Self::Int8(_))
-    }
-
     /// `dst` <- columns `start..start + dst.len()` of `row`; `start` and the end are multiples of 256 or the row's ends.
     fn load(&self, d_in: usize, row: usize, start: usize, dst: &mut [f32]) {
         let at = row * d_in + start;
@@ -259,27 +275,30 @@ impl Source<'_> {
         }
     }
 
-    /// y [rows, n] <- rows `first..` of the weight times x [n, d_in]^T; `scratch` holds `rows` weight rows.
-    fn dots(&self, d_in: usize, first: usize, x: &[f32], scratch: &mut [f32], y: &mut [f32]) {
+    /// y [rows, n] <- rows `first..` of the weight times x [n, d_in]^T, with what is beside them (rows of B from `first` on).
+    fn dots(&self, d_in: usize, first: usize, x: &[f32], beside: &[Beside<'_>], y: &mut [f32]) {
         let n = x.len() / d_in;
         let rows = y.len() / n;
         let range = first * d_in..(first + rows) * d_in;
         match self {
-            Self::F32(w) => dots(&w[range], x, d_in, y),
-            Self::Bf16(w) => dots::<u16>(w[range].reinterpret_cast(), x, d_in, y),
+            Self::F32(w) => dots_beside(&w[range], x, d_in, beside, y),
+            Self::Bf16(w) => dots_beside::<u16>(w[range].reinterpret_cast(), x, d_in, beside, y),
             Self::Int8(w) => {
                 let (codes, _) = w.parts();
                 dots(&codes[range], x, d_in, y);
                 for (r, y) in y.chunks_exact_mut(n).enumerate() {
                     crate::vector::scale(w.row(first + r).1, y);
+                    for (y, side) in y.iter_mut().zip(beside) {
+                        *y += crate::vector::dot(&side.b[r * side.u.len()..][..side.u.len()], side.u);
+                    }
                 }
             }
             _ => {
-                let scratch = &mut scratch[..rows * d_in];
+                let mut scratch = vec![0f32; rows * d_in];
                 for (r, row) in scratch.chunks_exact_mut(d_in).enumerate() {
                     self.load(d_in, first + r, 0, row);
                 }
-                dots(&*scratch, x, d_in, y);
+                dots_beside(&scratch, x, d_in, beside, y);
             }
         }
     }
@@ -292,10 +311,8 @@ fn few(source: &Source<'_>, x: &[f32], n: usize, d_out: usize, d_in: usize) -> V
         return Vec::new();
     }
     let mut by_output = vec![0f32; d_out * n];
-    chunks(&mut by_output, ROWS * n, d_out * d_in / 4, |i, piece| {
-        let mut scratch = vec![0f32; if source.is_direct() { 0 } else { ROWS * d_in }];
-        source.dots(d_in, i * ROWS, x, &mut scratch, piece);
-    });
+    let beside = vec![Beside::default(); n];
+    chunks(&mut by_output, ROWS * n, d_out * d_in / 4, |i, piece| source.dots(d_in, i * ROWS, x, &beside, piece));
     if n == 1 {
         return by_output;
     }

@@ -23,7 +23,7 @@ pub(crate) use bordered::{BORDER, Whole};
 pub use int8::Int8;
 pub use nf4::{Nf4, Nf4Parts, dynamic_map, nf4_code_book};
 
-pub(crate) use cpu::{multiply as multiply_frozen, with_operand, with_transposed};
+pub(crate) use cpu::{Dots, multiply as multiply_frozen, with_dots, with_operand, with_transposed};
 
 use crate::fused;
 use candle_core::quantized::QTensor;

@@ -19,7 +19,7 @@ pub mod reference;
 
 pub use attention::{AttentionPart, attention_part};
 pub use feed_forward::{FeedForwardPart, feed_forward_part};
-pub use node::Node;
+pub use node::{Node, Upstream};
 
 use crate::element::{Element, zeros};
 use crate::frozen::FrozenWeight;
@@ -102,7 +102,7 @@ pub enum PartNorm {
 
 impl PartNorm {
     /// The norm of a part, if it has one, as the kernels take it.
-    fn normaliser(norm: Option<&Self>) -> Result<Option<Normaliser>> {
+    pub(crate) fn normaliser(norm: Option<&Self>) -> Result<Option<Normaliser>> {
         let Some(norm) = norm else { return Ok(None) };
         let values = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
         Ok(Some(match norm {

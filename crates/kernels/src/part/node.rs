@@ -1,10 +1,10 @@
 //! What makes a part an operation of the tape, or a node without one: the same for every part.
 
 #[cfg(feature = "cuda")]
-use super::cuda::{BackOn, Flat, OnDevice};
+use super::cuda::{BackOn, Flat, Input, OnDevice, Rows};
 use super::{Projection, check, is_fused, no_parameters};
 #[cfg(feature = "cuda")]
-use crate::cuda::{Gpu, View, address, address_of};
+use crate::cuda::{Gpu, View, address, address_of, matrix};
 use crate::element::{by_dtype, cpu_slice, slice, tensor_like};
 use crate::product::Multiply;
 use candle_core::backend::BackendStorage;
@@ -148,7 +148,29 @@ impl<P: Part> CustomOp2 for Pass<P> {
     }
 
     fn bwd(&self, x: &Tensor, p: &Tensor, _: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        self.gradients(x, p, g, (x.track_op(), p.track_op()))
+        let (dx, d) = self.gradients(x, p, &g.clone().into(), (x.track_op(), p.track_op()))?;
+        Ok((dx.map(|dx| dx.tensor.contiguous()).transpose()?, d))
+    }
+}
+
+/// A gradient [b, t, h] on its way back from part to part. On a device its rows may go on with values that nobody else reads, where
+/// the next part puts the gradient of a low-rank product beside it.
+#[derive(Debug)]
+pub struct Upstream {
+    tensor: Tensor,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "there is room on CUDA devices only"))]
+    room: bool,
+}
+
+impl From<Tensor> for Upstream {
+    fn from(tensor: Tensor) -> Self {
+        Self { tensor, room: false }
+    }
+}
+
+impl From<Upstream> for Tensor {
+    fn from(upstream: Upstream) -> Self {
+        upstream.tensor
     }
 }
 
@@ -159,9 +181,9 @@ trait Differentiable: Send + Sync {
         &self,
         x: &Tensor,
         parameters: &Tensor,
-        g: &Tensor,
+        g: &Upstream,
         wants: (bool, bool),
-    ) -> Result<(Option<Tensor>, Option<Tensor>)>;
+    ) -> Result<(Option<Upstream>, Option<Tensor>)>;
 }
 
 impl<P: Part> Differentiable for Pass<P> {
@@ -169,15 +191,15 @@ impl<P: Part> Differentiable for Pass<P> {
         &self,
         x: &Tensor,
         p: &Tensor,
-        g: &Tensor,
+        g: &Upstream,
         (wants_x, wants_p): (bool, bool),
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<(Option<Upstream>, Option<Tensor>)> {
         let (b, t, _) = x.dims3()?;
-        let g = g.contiguous()?;
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
-            return self.gradients_on(x, p, &g, (wants_x, wants_p));
+            return self.gradients_on(x, p, g, (wants_x, wants_p));
         }
+        let g = g.tensor.contiguous()?;
         let ((sx, lx), (sp, lp), (sg, lg)) = (x.storage_and_layout(), p.storage_and_layout(), g.storage_and_layout());
         let parameters = cpu_slice::<f32>(&sp, lp)?;
         let mut d_parameters = wants_p.then(|| vec![0f32; parameters.len()]);
@@ -190,7 +212,8 @@ impl<P: Part> Differentiable for Pass<P> {
             let back =
                 Back { x: x_rows, parameters, g: g_rows, size: (b, t), d_parameters: d_parameters_out, wants_x };
             let dx = self.part.backward::<T>(saved, back)?;
-            Ok((dx.map(|dx| tensor_like(dx, x)).transpose()?, d_parameters.map(|d| tensor_like(d, p)).transpose()?))
+            let dx = dx.map(|dx| tensor_like(dx, x)).transpose()?;
+            Ok((dx.map(Upstream::from), d_parameters.map(|d| tensor_like(d, p)).transpose()?))
         })
     }
 }
@@ -201,10 +224,16 @@ impl<P: Part> Pass<P> {
         &self,
         x: &Tensor,
         p: &Tensor,
-        g: &Tensor,
+        g: &Upstream,
         (wants_x, wants_p): (bool, bool),
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<(Option<Upstream>, Option<Tensor>)> {
         let (b, t, h) = x.dims3()?;
+        let held = if g.room { g.tensor.clone() } else { g.tensor.contiguous()? };
+        // Rows of all sequences are equally far apart.
+        let upstream = match g.room && b > 0 {
+            true => Input { view: matrix(&held.narrow(0, 0, 1)?.squeeze(0)?)?, border: true },
+            false => Input { view: View::new(address::<bf16>(&held.contiguous()?)?, h), border: false },
+        };
         let gpu = Gpu::of(x.device())?;
         let Some((flat, saved)) = self.saved.get().and_then(|s| s.downcast_ref::<(Flat, P::Kept)>()) else {
             bail!("{}: backward before forward", P::NAME)
@@ -212,15 +241,18 @@ impl<P: Part> Pass<P> {
         let d_parameters = wants_p.then(|| gpu.zeros::<f32>(p.elem_count())).transpose()?;
         let back = BackOn {
             x: View::new(address::<bf16>(x)?, h),
-            g: View::new(address::<bf16>(g)?, h),
+            g: upstream,
             flat,
             size: (b, t),
             d_parameters: d_parameters.as_ref().map(|d| gpu.address(d)),
             wants_x,
         };
         let dx = self.part.backward_on(&gpu, saved, &back)?;
-        let dx = dx.map(|dx| dx.into_tensor(&gpu, x.dims()));
-        Ok((dx, d_parameters.map(|d| gpu.tensor(d, p.dims()))))
+        let upstream = |dx: Rows| {
+            let room = dx.input().border;
+            Ok::<_, candle_core::Error>(Upstream { tensor: dx.into_tensor(&gpu, (b, t, h))?, room })
+        };
+        Ok((dx.map(upstream).transpose()?, d_parameters.map(|d| gpu.tensor(d, p.dims()))))
     }
 }
 
@@ -242,9 +274,10 @@ impl Node {
     ///
     /// # Errors
     /// If `g` has another shape or type.
-    pub fn backward(&self, g: &Tensor, wants: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        if g.dims() != self.x.dims() || g.dtype() != self.x.dtype() {
-            bail!("part: gradient {:?} {:?} for a result {:?}", g.dtype(), g.dims(), self.x.dims())
+    pub fn backward(&self, g: &Upstream, wants: (bool, bool)) -> Result<(Option<Upstream>, Option<Tensor>)> {
+        let of = &g.tensor;
+        if of.dims() != self.x.dims() || of.dtype() != self.x.dtype() {
+            bail!("part: gradient {:?} {:?} for a result {:?}", of.dtype(), of.dims(), self.x.dims())
         }
         self.op.gradients(&self.x, &self.parameters, g, wants)
     }

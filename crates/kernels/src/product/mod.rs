@@ -19,7 +19,7 @@ mod term;
 use crate::element::Element;
 use crate::parallel;
 use crate::simd::has_bf16;
-pub(crate) use dots::dots;
+pub(crate) use dots::{Beside, dots, dots_beside};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 pub(crate) use micro::width as panel_width;
@@ -121,12 +121,13 @@ thread_local! {
 
 /// The sum of `terms` for few rows by dot products, where the right operands lie in rows.
 fn few(m: usize, n: usize, terms: &[Term<'_>]) -> Option<Vec<f32>> {
-    // Beyond that, the sums' ends cost more than panels do: these operands are thin.
-    if m > 4 {
-        return None;
-    }
     if m == 0 {
         return Some(Vec::new());
+    }
+    // Beyond that, the ends of short sums cost more than panels do.
+    let short = |t: &Term<'_>| matches!(t, Term::Product { .. }) && t.k() < 64;
+    if m > FEW || (m > 4 && terms.iter().any(short)) {
+        return None;
     }
     let direct = |t: &Term<'_>| match t {
         Term::Product { right, .. } => right.as_rows().is_some() && right.k() > 0,

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::Flow;
@@ -33,10 +34,13 @@ pub(crate) fn load(folder: &Path) -> Model {
 
 /// The CPU, or what `ESPALIER_TEST_DEVICE` names (cuda:0).
 pub(crate) fn device() -> Device {
-    match std::env::var("ESPALIER_TEST_DEVICE") {
+    // Two handles of one device would be two devices to candle.
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let named = || match std::env::var("ESPALIER_TEST_DEVICE") {
         Ok(name) => Device::new_cuda(name.trim_start_matches("cuda:").parse().unwrap()).unwrap(),
         Err(_) => Device::Cpu,
-    }
+    };
+    DEVICE.get_or_init(named).clone()
 }
 
 pub(crate) fn logits(model: &Model, ids: &Tensor) -> Tensor {

@@ -166,20 +166,24 @@ BOTH(activation_gated_backward, (256), gated_back,
 /// Warps of a block, each with rows of its own.
 constexpr int WARPS = 8;
 
+/// The gain of a map, and where its gradient goes.
+struct Gain {
+    const float *values, *slopes;
+    float *d;
+};
+
 /// As `gated_back` where gate and up are sums times gains: the results are for the sums, and the gradients of the gains. A block
-/// has 256 columns, and of every gridDim.y pieces of WARPS rows one; it leaves its sums over rows in partial[blockIdx.y]: first
-/// f of the gate's gain, then f of the other.
+/// has 256 columns, and of every gridDim.y pieces of WARPS rows one.
 template <bool VECTOR>
-__device__ __forceinline__ void gained_back(int kind, Matrix gate, Matrix up, const float *gate_gain, const float *up_gain,
-                                            Matrix d_inner, Matrix d_gate, Matrix d_up, Matrix inner, float *partial, int rows,
-                                            int f) {
+__device__ __forceinline__ void gained_back(int kind, Matrix gate, Matrix up, Gain gate_gain, Gain up_gain, Matrix d_inner,
+                                            Matrix d_gate, Matrix d_up, Matrix inner, int rows, int f) {
     __shared__ float totals[WARPS][8][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int column = (blockIdx.x * 32 + lane) * 8, left = f - column;
     float first[8] = {}, second[8] = {}, a[8], b[8];
     if (left > 0) {
-        factors(gate_gain, column, left, a);
-        factors(up_gain, column, left, b);
+        factors(gate_gain.values, column, left, a);
+        factors(up_gain.values, column, left, b);
         by_kind(kind, [&](auto which) {
             for (int row = blockIdx.y * WARPS + warp; row < rows; row += gridDim.y * WARPS) {
                 const uint4 raw = load_raw<VECTOR>(at_row(gate.at, gate.stride, row) + column, left);
@@ -220,14 +224,16 @@ __device__ __forceinline__ void gained_back(int kind, Matrix gate, Matrix up, co
             sum += totals[k][warp][lane];
         }
         if (warp < left) {
-            partial[(static_cast<size_t>(blockIdx.y) * 2 + which) * f + column + warp] = sum;
+            const Gain &gain = which ? up_gain : gate_gain;
+            add_gain(gain.d, gain.slopes, column + warp, sum);
         }
     }
 }
 
 BOTH(activation_gained_backward, (256), gained_back,
-     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, const float *gate_gain, const float *up_gain,
-      bf16 *d_inner, int d_inner_stride, bf16 *d_gate, int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner,
-      int inner_stride, float *partial, int rows, int f),
-     kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, gate_gain, up_gain, Matrix{d_inner, d_inner_stride},
-     Matrix{d_gate, d_gate_stride}, Matrix{d_up, d_up_stride}, Matrix{inner, inner_stride}, partial, rows, f)
+     (int kind, bf16 *gate, int gate_stride, bf16 *up, int up_stride, const float *gate_gain, const float *gate_slopes,
+      float *d_gate_gain, const float *up_gain, const float *up_slopes, float *d_up_gain, bf16 *d_inner, int d_inner_stride,
+      bf16 *d_gate, int d_gate_stride, bf16 *d_up, int d_up_stride, bf16 *inner, int inner_stride, int rows, int f),
+     kind, Matrix{gate, gate_stride}, Matrix{up, up_stride}, Gain{gate_gain, gate_slopes, d_gate_gain},
+     Gain{up_gain, up_slopes, d_up_gain}, Matrix{d_inner, d_inner_stride}, Matrix{d_gate, d_gate_stride},
+     Matrix{d_up, d_up_stride}, Matrix{inner, inner_stride}, rows, f)

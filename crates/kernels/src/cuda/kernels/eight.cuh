@@ -127,6 +127,13 @@ template <int N> __device__ __forceinline__ void sum_group(float (&v)[N], int gr
     }
 }
 
+/// d_gain [column] += a sum over rows, times what makes the gradient of a gain that of its parameter; addresses may be null.
+__device__ __forceinline__ void add_gain(float *d_gain, const float *slopes, int column, float sum) {
+    if (d_gain) {
+        atomicAdd(d_gain + column, slopes ? sum * __ldg(slopes + column) : sum);
+    }
+}
+
 /// Kernels `name` and `name_scalar`, which call `body<true>` and `body<false>`.
 #define BOTH(name, bounds, body, parameters, ...)                                                                          \
     extern "C" __global__ void __launch_bounds__ bounds name parameters { body<true>(__VA_ARGS__); }                      \

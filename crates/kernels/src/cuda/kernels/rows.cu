@@ -141,10 +141,17 @@ __device__ __forceinline__ void affine(const bf16 *sums, int sums_stride, const 
 /// Warps of a block, each with rows of its own.
 constexpr int WARPS = 8;
 
-/// A block has 256 columns, and of every gridDim.y pieces of WARPS * ROWS rows one; it leaves its sums in partial[blockIdx.y].
+/// Gradients of the gains of up to three maps side by side: the first columns of the second and third, and the addresses.
+struct GainGradients {
+    float *to[3];
+    const float *slopes;
+    long long first[2];
+};
+
+/// A block has 256 columns, and of every gridDim.y pieces of WARPS * ROWS rows one.
 template <bool VECTOR>
 __device__ __forceinline__ void affine_back(const bf16 *g, int g_stride, const bf16 *sums, int sums_stride, const float *gain,
-                                            bf16 *below, int below_stride, float *partial, int rows, int w) {
+                                            bf16 *below, int below_stride, const GainGradients &d, int rows, int w) {
     __shared__ float totals[WARPS][8][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int column = (blockIdx.x * 32 + lane) * 8, left = w - column;
@@ -163,15 +170,15 @@ __device__ __forceinline__ void affine_back(const bf16 *g, int g_stride, const b
 #pragma unroll
             for (int k = 0; k < ROWS; k++) {
                 if (row + k < rows) {
-                    float d[8], v[8];
-                    unpack(grad[k], d);
+                    float up[8], v[8];
+                    unpack(grad[k], up);
                     unpack(raw[k], v);
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
-                        total[i] = fmaf(d[i], v[i], total[i]);
-                        d[i] *= factor[i];
+                        total[i] = fmaf(up[i], v[i], total[i]);
+                        up[i] *= factor[i];
                     }
-                    store_raw<VECTOR>(at_row(below, below_stride, row + k) + column, left, pack(d));
+                    store_raw<VECTOR>(at_row(below, below_stride, row + k) + column, left, pack(up));
                 }
             }
         }
@@ -188,7 +195,9 @@ __device__ __forceinline__ void affine_back(const bf16 *g, int g_stride, const b
         sum += totals[k][warp][lane];
     }
     if (warp < left) {
-        partial[static_cast<size_t>(blockIdx.y) * w + column + warp] = sum;
+        const int c = column + warp, which = (c >= d.first[0]) + (c >= d.first[1]);
+        float *const to = d.to[which];
+        add_gain(to ? to - (which ? d.first[which - 1] : 0) : nullptr, d.slopes, c, sum);
     }
 }
 
@@ -213,33 +222,8 @@ BOTH(rows_affine, (256), affine,
 
 BOTH(rows_affine_backward, (256), affine_back,
      (const bf16 *g, int g_stride, const bf16 *sums, int sums_stride, const float *gain, bf16 *below, int below_stride,
-      float *partial, int rows, int w),
-     g, g_stride, sums, sums_stride, gain, below, below_stride, partial, rows, w)
-
-/// d_gain += the rows of `partial` [pieces, w] of a matrix with `stride` columns, in a fixed order, times `factor` [w] if there is
-/// one. 32 columns a block of 8 warps.
-extern "C" __global__ void __launch_bounds__(256)
-    rows_add_partial(const float *partial, int stride, int pieces, int w, const float *factor, float *d_gain) {
-    __shared__ float totals[WARPS][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
-    float total = 0.f;
-    if (column < w) {
-#pragma unroll 4
-        for (int k = warp; k < pieces; k += WARPS) {
-            total += partial[static_cast<size_t>(k) * stride + column];
-        }
-    }
-    totals[warp][lane] = total;
-    __syncthreads();
-    if (warp == 0 && column < w) {
-        float sum = 0.f;
-#pragma unroll
-        for (int k = 0; k < WARPS; k++) {
-            sum += totals[k][lane];
-        }
-        d_gain[column] += factor ? sum * factor[column] : sum;
-    }
-}
+      const __grid_constant__ GainGradients d, int rows, int w),
+     g, g_stride, sums, sums_stride, gain, below, below_stride, d, rows, w)
 
 /// Up to 32 vectors and where each begins among all; the rest begin at the end.
 struct Vectors {

@@ -1,7 +1,7 @@
 //! The attention part on a device.
 
 use super::group::KeptOn;
-use super::{BackOn, Flat, Input, OnDevice, Rows, finish, normed};
+use super::{BackOn, Flat, OnDevice, Rows, finish, normed};
 use crate::attention::cuda::{Views, backward, forward, supports};
 use crate::cuda::{Gpu, View};
 use crate::part::AttentionPart;
@@ -61,7 +61,7 @@ impl OnDevice for AttentionPart {
         let n = size.0 * size.1;
         let d_out = Rows::new(gpu, n, output.d_in)?;
         let to = (d_parameters, Some(d_out.view()));
-        let d_inner = output.backward_on(gpu, (Input::plain(g), n), &saved.output, flat, to)?;
+        let d_inner = output.backward_on(gpu, (g, n), &saved.output, flat, to)?;
         output.down_on(gpu, (saved.out.view(), n), d_inner.as_ref(), d_parameters)?;
         let d_qkv = Rows::bordered(gpu, n, inputs.d_out())?;
         let (qkv, kept) = (self.within(saved.qkv.view()), (saved.out.view(), &saved.log_sums));
@@ -73,7 +73,7 @@ impl OnDevice for AttentionPart {
         let to = (d_parameters, dx.as_ref().map(Rows::view));
         let d_inner = inputs.backward_on(gpu, (d_qkv.input(), n), &saved.inputs, flat, to)?;
         inputs.down_on(gpu, (rows.view, n), d_inner.as_ref(), d_parameters)?;
-        let residual = self.residual.then_some(g);
+        let residual = self.residual.then_some(g.view);
         dx.map(|dx| finish(gpu, self.norm.as_ref(), (x, dx), residual, (n, inputs.d_in))).transpose()
     }
 }

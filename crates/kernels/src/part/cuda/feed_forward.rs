@@ -1,7 +1,7 @@
 //! The feed-forward part on a device.
 
 use super::group::KeptOn;
-use super::{BackOn, Flat, Input, OnDevice, Rows, finish, normed};
+use super::{BackOn, Flat, OnDevice, Rows, finish, normed};
 use crate::activation::cuda::{backward, forward, gained_backward, gated_backward, gated_forward};
 use crate::cuda::{Gpu, View};
 use crate::part::{FeedForwardPart, Projection};
@@ -63,7 +63,7 @@ impl OnDevice for FeedForwardPart {
         let (d_rows, inner) = (Rows::new(gpu, n, width)?, Rows::new(gpu, n, width)?);
         let d_hidden = Rows::bordered(gpu, n, inputs.d_out())?;
         let to = (d_parameters, Some(d_rows.view()));
-        let d_inner = output.backward_on(gpu, (Input::plain(g), n), &saved.output, flat, to)?;
+        let d_inner = output.backward_on(gpu, (g, n), &saved.output, flat, to)?;
         let (from, to) = (saved.hidden.view(), d_hidden.view());
         if self.gated {
             let (ins, outs) = ((from, from.columns(width)), (to, to.columns(width)));
@@ -87,7 +87,7 @@ impl OnDevice for FeedForwardPart {
         let to = (d_parameters, dx.as_ref().map(Rows::view));
         let d_inner = inputs.backward_on(gpu, (d_hidden.input(), n), &saved.inputs, flat, to)?;
         inputs.down_on(gpu, (rows.view, n), d_inner.as_ref(), d_parameters)?;
-        let residual = self.residual.then_some(g);
+        let residual = self.residual.then_some(g.view);
         dx.map(|dx| finish(gpu, self.norm.as_ref(), (x, dx), residual, (n, inputs.d_in))).transpose()
     }
 }

@@ -1,12 +1,13 @@
 //! Projections that read the same rows, on a device: one product where their weights lie one after the other.
 
 use super::{Flat, Input, Rows, exact};
+use crate::cuda::factors::{self, Member};
 use crate::cuda::product::{Operand, Out, multiply};
-use crate::cuda::rows::{Gains, Partial};
+use crate::cuda::rows::Gains;
 use crate::cuda::{Gpu, View, address, launch_with, matrix, rows};
 use crate::frozen::{BORDER, Bordered, FrozenWeight, Whole};
-use crate::part::group::Group;
-use crate::part::{Gain, Projection};
+use crate::part::Projection;
+use crate::part::group::{Group, Place};
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Result, Tensor};
 use half::bf16;
@@ -134,57 +135,35 @@ impl Group<'_> {
         if !self.members.iter().any(Projection::needs_norms) {
             return Ok((gains, None));
         }
-        let (d_out, ranks) = (self.d_out(), self.ranks);
-        // W A^T of all members and, below it, A A^T.
-        let cross = gpu.alloc::<f32>((d_out + ranks) * ranks)?;
-        let cross_at = gpu.address(&cross);
-        let times_a = |rows: usize, left: View, to: usize| {
-            let (a, to) =
-                (flat.matrix(self.a.start, self.d_in), Out::F32 { at: value(cross_at, to * ranks), stride: ranks });
-            multiply(gpu, (rows, ranks, self.d_in), plain(left), transposed(a), to, None, 1.0)
-        };
-        match self.whole() {
-            Some(whole) => self.with_border(gpu, whole, flat, |whole| times_a(d_out + ranks, whole, 0))?,
-            None => {
-                for (weight, _held, first, outputs) in self.weights()? {
-                    times_a(outputs, weight, first)?;
-                }
-                times_a(ranks, flat.matrix(self.a.start, self.d_in), d_out)?;
-            }
-        }
+        let d_out = self.d_out();
         let both = gpu.alloc::<f32>(2 * d_out)?;
         let values = gpu.address(&both);
-        let members = self.members.iter().zip(&self.places).zip(self.offsets()).zip(&mut gains);
-        for (((member, place), first), gain) in members {
-            let (Some(magnitude), Some(Gain::OverNorm { square })) =
-                (&place.gain, member.low_rank.as_ref().and_then(|l| l.gain.as_ref()))
-            else {
-                continue;
-            };
-            let (outputs, rank, row) = (member.weight.d_out(), place.rank, place.row);
-            let (cross, gram) = (value(cross_at, first * ranks + row), value(cross_at, (d_out + row) * ranks + row));
+        let (mut maps, mut views, mut held): (Vec<[u64; 10]>, Vec<View>, Vec<Tensor>) = Default::default();
+        for (((member, place), first), gain) in
+            self.members.iter().zip(&self.places).zip(self.offsets()).zip(&mut gains)
+        {
+            let Some(magnitude) = place.gain.as_ref().filter(|_| member.needs_norms()) else { continue };
+            let (weight, tensor) = dense(&member.weight)?;
             let (to, slopes) = (value(values, first), value(values, d_out + first));
-            let (square, magnitude) = (address::<f32>(square)?, flat.exact(magnitude.start));
-            let (b, scale) = (flat.exact(place.b.start), member.scale());
-            let grid = ((outputs.div_ceil(8), 1, 1), 256, 8 * rank * size_of::<f32>());
-            launch_with!(
-                gpu,
-                "low_rank_gain",
-                grid,
-                cross,
-                ranks,
-                gram,
-                ranks,
-                b,
-                scale,
-                square,
-                magnitude,
-                to,
-                slopes,
-                outputs,
-                rank
-            )?;
             *gain = Some(Gains { values: to, slopes });
+            let (a, b) =
+                (flat.matrix(self.a.start + place.row * self.d_in, self.d_in), flat.matrix(place.b.start, place.rank));
+            let (outputs, rank) = (member.weight.d_out(), place.rank);
+            let sizes = [weight.stride, outputs, rank, member.scale().to_bits() as usize].map(|size| size as u64);
+            let addresses = [weight.at, a.at, b.at, flat.exact(magnitude.start), to, slopes];
+            maps.push(std::array::from_fn(|i| addresses.get(i).copied().unwrap_or_else(|| sizes[i - 6])));
+            views.extend([weight, a]);
+            held.push(tensor);
+        }
+        let name = match (rows::vectors(&views, self.d_in), self.places.iter().all(|p| p.rank <= 16)) {
+            (true, true) => "low_rank_gains_16",
+            (true, false) => "low_rank_gains",
+            (false, _) => "low_rank_gains_scalar",
+        };
+        for three in maps.chunks(3) {
+            let blocks: usize = three.iter().map(|map| map[7].div_ceil(16) as usize).sum();
+            let words: Vec<u64> = three.iter().flatten().copied().chain([0; 20]).take(30).collect();
+            launch_with!(gpu, name, ((blocks, 1, 1), 256, 0), words.into_boxed_slice(), self.d_in)?;
         }
         Ok((gains, Some(both)))
     }
@@ -292,7 +271,6 @@ impl Group<'_> {
         flat: &Flat,
         (d_parameters, dx): (Option<u64>, Option<View>),
     ) -> Result<Option<Slopes>> {
-        let members = || self.members.iter().zip(&self.places).zip(self.offsets());
         // With a gain, what reaches the sum below it is g times as much.
         let below = |sums| self.below_gains(gpu, (g.view, n), sums, kept, d_parameters);
         let scaled = kept.sums.as_ref().map(below).transpose()?;
@@ -307,17 +285,7 @@ impl Group<'_> {
             }
         };
         if let (Some(inner), Some(slopes)) = (&kept.inner, &slopes) {
-            for ((member, place), first) in members().filter(|((_, p), _)| p.rank > 0) {
-                let (d_out, rank) = (member.weight.d_out(), place.rank);
-                let (b, g) = (flat.matrix(place.b.start, rank), below.view.columns(first));
-                let to = Out::Bf16(slopes.view.columns(place.row));
-                multiply(gpu, (n, rank, d_out), plain(g), plain(b), to, None, member.scale())?;
-                if let Some(d) = d_parameters {
-                    let to = Out::F32 { at: value(d, place.b.start), stride: rank };
-                    let u = plain(inner.view().columns(place.row));
-                    multiply(gpu, (d_out, rank, n), transposed(g), u, to, None, member.scale())?;
-                }
-            }
+            self.thin_products(gpu, (below.view, inner.view(), slopes.view), n, flat, d_parameters)?;
         }
         let Some(dx) = dx else { return Ok(slopes) };
         if let Some(whole) = whole.filter(|_| slopes.is_some()) {
@@ -336,6 +304,40 @@ impl Group<'_> {
             multiply(gpu, size, plain(slopes.view), plain(a), Out::Bf16(dx), beside(Some(dx)), 1.0)?;
         }
         Ok(slopes)
+    }
+
+    /// Writes the gradients of A x, and adds those of B to zeros, for `g` of the sums and `inner`, A x.
+    fn thin_products(
+        &self,
+        gpu: &Gpu,
+        (g, inner, slopes): (View, View, View),
+        n: usize,
+        flat: &Flat,
+        d_parameters: Option<u64>,
+    ) -> Result<()> {
+        let with_factors = self.members.iter().zip(&self.places).zip(self.offsets()).filter(|((_, p), _)| p.rank > 0);
+        let member = |((member, place), first): ((&Projection, &Place), usize)| Member {
+            b: flat.matrix(place.b.start, place.rank).at,
+            d_b: d_parameters.map(|d| value(d, place.b.start)),
+            first,
+            outputs: member.weight.d_out(),
+            row: place.row,
+            rank: place.rank,
+            scale: member.scale(),
+        };
+        let members: Vec<Member> = with_factors.map(member).collect();
+        if factors::backward(gpu, (g, inner, slopes), n, &members)? {
+            return Ok(());
+        }
+        for m in members {
+            let (b, g, to) = (View::new(m.b, m.rank), g.columns(m.first), Out::Bf16(slopes.columns(m.row)));
+            multiply(gpu, (n, m.rank, m.outputs), plain(g), plain(b), to, None, m.scale)?;
+            if let Some(at) = m.d_b {
+                let (u, to) = (plain(inner.columns(m.row)), Out::F32 { at, stride: m.rank });
+                multiply(gpu, (m.outputs, m.rank, n), transposed(g), u, to, None, m.scale)?;
+            }
+        }
+        Ok(())
     }
 
     /// Adds the gradient of A to zeros, for rows `x` [n, d_in] and the gradient of A x.
@@ -361,15 +363,15 @@ impl Group<'_> {
         d_parameters: Option<u64>,
     ) -> Result<Rows> {
         let below = Rows::bordered(gpu, n, self.d_out())?;
-        let add = |i: usize, partial: &Partial, first: usize| -> Result<()> {
-            let (Some(d), Some(gain)) = (d_parameters, &self.places[i].gain) else { return Ok(()) };
-            let count = self.members[i].weight.d_out();
-            partial.add(gpu, (first, count), kept.gain(i).slopes, value(d, gain.start))
+        let d_gain = |i: usize| {
+            let at = d_parameters.zip(self.places[i].gain.as_ref());
+            (self.members[i].weight.d_out(), at.map_or(0, |(d, gain)| value(d, gain.start)))
         };
-        if let Some(gain) = kept.joined(self) {
+        if let Some(gain) = kept.joined(self).filter(|_| self.members.len() <= 3) {
+            let d_gains: Vec<_> = (0..self.members.len()).map(d_gain).collect();
+            let gains = Gains { values: gain, ..kept.gain(0) };
             let size = (n, self.d_out());
-            let partial = rows::affine_backward(gpu, g, sums.view(), gain, below.view(), size)?;
-            self.offsets().enumerate().try_for_each(|(i, first)| add(i, &partial, first))?;
+            rows::affine_backward(gpu, (g, sums.view(), below.view()), gains, &d_gains, size)?;
             return Ok(below);
         }
         for (i, (member, first)) in self.members.iter().zip(self.offsets()).enumerate() {
@@ -378,8 +380,8 @@ impl Group<'_> {
                 rows::affine(gpu, from, None, None, None, to, size)?;
                 continue;
             }
-            let sums = sums.view().columns(first);
-            add(i, &rows::affine_backward(gpu, from, sums, kept.gain(i).values, to, size)?, 0)?;
+            let views = (from, sums.view().columns(first), to);
+            rows::affine_backward(gpu, views, kept.gain(i), &[d_gain(i)], size)?;
         }
         Ok(below)
     }

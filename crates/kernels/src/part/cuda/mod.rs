@@ -27,8 +27,8 @@ pub(super) struct Rows {
 /// Rows that a group reads, and whether each goes on with [`BORDER`] values that the group may write.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::part) struct Input {
-    view: View,
-    border: bool,
+    pub(in crate::part) view: View,
+    pub(in crate::part) border: bool,
 }
 
 impl Input {
@@ -53,13 +53,13 @@ impl Rows {
         View::new(self.at, self.stride)
     }
 
-    fn input(&self) -> Input {
+    pub(super) fn input(&self) -> Input {
         Input { view: self.view(), border: self.border }
     }
 
-    /// As a tensor.
-    pub(super) fn into_tensor(self, gpu: &Gpu, shape: &[usize]) -> Tensor {
-        gpu.tensor(self.data, shape)
+    /// As a tensor [b, t, h] without the border.
+    pub(super) fn into_tensor(self, gpu: &Gpu, (b, t, h): (usize, usize, usize)) -> Result<Tensor> {
+        gpu.tensor(self.data, &[b, t, self.stride]).narrow(2, 0, h)
     }
 
     pub(super) fn into_data(self) -> CudaSlice<bf16> {
@@ -111,7 +111,7 @@ pub(super) trait OnDevice {
 /// What a backward pass on a device has.
 pub(super) struct BackOn<'a> {
     pub(super) x: View,
-    pub(super) g: View,
+    pub(super) g: Input,
     pub(super) flat: &'a Flat,
     /// b and t.
     pub(super) size: (usize, usize),
@@ -140,7 +140,8 @@ fn normed(gpu: &Gpu, norm: Option<&PartNorm>, x: View, (n, h): (usize, usize)) -
     Ok((rows.input(), Some(rows)))
 }
 
-/// The gradient of a part's input from that of its normalised rows and, through the residual sum, of its result.
+/// The gradient of a part's input from that of its normalised rows and, through the residual sum, of its result; with a border
+/// after a norm.
 fn finish(
     gpu: &Gpu,
     norm: Option<&PartNorm>,
@@ -150,7 +151,7 @@ fn finish(
 ) -> Result<Rows> {
     match (norm, residual) {
         (Some(norm), beside) => {
-            let dx = Rows::new(gpu, n, h)?;
+            let dx = Rows::bordered(gpu, n, h)?;
             crate::norm::cuda::backward(gpu, &norm.on_device(), x, d_rows.view(), beside, dx.view(), (n, h))?;
             Ok(dx)
         }
