@@ -38,8 +38,11 @@ fn scores(model: &Model, input: &TokenBatch) -> Result<Tensor> {
     Ok(model.forward(input, &Flow::eval())?.detach().to_dtype(DType::F32)?)
 }
 
+/// Largest difference; infinite where one is no number, which the maximum of a tensor passes over.
 fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
-    Ok(f64::from((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?))
+    let differences = (a - b)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
+    let larger = |m: f64, d: f64| if d >= 0.0 { m.max(d) } else { f64::INFINITY };
+    Ok(differences.into_iter().map(f64::from).fold(0.0, larger))
 }
 
 /// Mean over all positions of the loss of the token that `reference` likes best.
