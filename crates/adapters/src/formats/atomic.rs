@@ -276,8 +276,11 @@ fn leftover(file_name: &str) -> Option<(&str, &str)> {
     (is_pid && !name.is_empty() && ["tmp", "old", "new"].contains(&kind)).then_some((name, kind))
 }
 
-/// [`recover`], of one NAME only where it is given.
-fn recover_of(folder: &Path, only: Option<&str>) -> Result<Recovered> {
+/// [`recover`], of one NAME only where it is given: for folders in which other programs keep files too.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_of(folder: &Path, only: Option<&str>) -> Result<Recovered> {
     let io = |e| Error::io(folder, e);
     let mut found = Recovered::default();
     let entries = match fs::read_dir(folder) {

@@ -66,6 +66,11 @@ impl RunFolder {
         self.root.join("report.html")
     }
 
+    /// `adapter/`: the trained adapter.
+    pub fn adapter(&self) -> PathBuf {
+        self.root.join("adapter")
+    }
+
     /// `checkpoints/`.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
