@@ -174,8 +174,8 @@ impl Watch {
         self.steps += 1;
         for (entry, sum) in self.entries.iter_mut().zip(sums) {
             let Some(sum) = sum else { continue };
-            let largest = sum.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-            entry.gradient = entry.gradient.max(largest * scale);
+            let largest = sum.abs()?.max_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+            entry.gradient = entry.gradient.max(f64::from(largest) * scale);
         }
         self.effective += usize::from(self.last_effective);
         self.last_effective = rate > 0.0;
