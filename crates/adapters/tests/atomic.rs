@@ -1,9 +1,11 @@
-//! A disk that fills up at any byte leaves earlier files and folders whole.
+//! A disk that fills up at any byte leaves earlier files and folders whole, and a kill at any instant leaves what can be put
+//! right.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use candle_core::DType;
@@ -132,4 +134,137 @@ fn folders_that_cannot_be_written_are_named() {
         assert!(message.contains("closed"), "{message}");
         assert!(contents(&closed).is_empty());
     }
+}
+
+/// Ends `f` before each of its renames and removals in turn, with `check` after each; gives how many there were.
+fn killed_everywhere(mut f: impl FnMut(), mut check: impl FnMut(u32)) -> u32 {
+    for n in 0.. {
+        if catch_unwind(AssertUnwindSafe(|| atomic::with_kill_before(n, &mut f))).is_ok() {
+            return n;
+        }
+        check(n);
+    }
+    unreachable!()
+}
+
+fn hidden(folder: &Path) -> Vec<String> {
+    contents(folder).into_keys().filter(|name| name.starts_with('.')).collect()
+}
+
+#[test]
+fn a_kill_at_any_instant_of_replacing_a_folder_leaves_the_old_or_the_new_one() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("step-1");
+    let write = |byte: u8| {
+        atomic::replace_folder(&path, |at| atomic::write(&at.join("file"), |out| out.write_all(&[byte; 9]))).unwrap();
+    };
+    write(1);
+    let mut restored = 0;
+    let kills = killed_everywhere(
+        || write(2),
+        |n| {
+            let found = atomic::recover(temp.path()).unwrap();
+            restored += found.restored.len();
+            assert!(!found.is_empty() && hidden(temp.path()).is_empty(), "{n}: {found:?} {:?}", hidden(temp.path()));
+            let now = contents(&path)["file"].clone();
+            assert!(now == [1; 9] || now == [2; 9], "{n}: {now:?}");
+            write(1);
+        },
+    );
+    assert!(kills >= 4 && restored == 1, "{kills} instants, {restored} folders put back");
+    assert!(atomic::recover(temp.path()).unwrap().is_empty());
+    // Without a word to `recover`, the next write finds what a kill left.
+    let _ = catch_unwind(AssertUnwindSafe(|| atomic::with_kill_before(2, || write(3))));
+    assert!(!path.exists() && !hidden(temp.path()).is_empty());
+    let failed = atomic::replace_folder(&path, |_| Err(Error::config("x", "given up")));
+    assert!(failed.unwrap_err().to_string().contains("given up"));
+    assert_eq!(contents(&path)["file"], [2; 9]);
+    assert!(hidden(temp.path()).is_empty());
+    // A removal cannot leave half a folder under its name.
+    let kills = killed_everywhere(
+        || atomic::remove_folder(&path).unwrap(),
+        |_| {
+            atomic::recover(temp.path()).unwrap();
+            assert!(hidden(temp.path()).is_empty());
+            if !path.exists() {
+                write(4);
+            }
+            assert_eq!(contents(&path).len(), 1);
+        },
+    );
+    assert!(kills == 2 && contents(temp.path()).is_empty());
+}
+
+#[test]
+fn leftovers_of_other_processes_are_removed_and_those_of_running_ones_are_not() {
+    let temp = tempfile::tempdir().unwrap();
+    let at = |name: &str| temp.path().join(name);
+    for (name, byte) in [(".a.4000001.old", 1), (".b.4000001.old", 2), (".c.4000001.tmp", 3), ("b", 4)] {
+        std::fs::create_dir(at(name)).unwrap();
+        std::fs::write(at(name).join("file"), [byte]).unwrap();
+    }
+    for name in [".d.json.4000002.tmp", ".gitignore", ".x.y.tmp", "notes.7.tmp"] {
+        std::fs::write(at(name), "x").unwrap();
+    }
+    let running = std::fs::File::open(at(".c.4000001.tmp")).unwrap();
+    running.lock().unwrap();
+    let found = atomic::recover(temp.path()).unwrap();
+    assert_eq!(found.restored, [at("a")]);
+    assert_eq!(found.removed.len(), 2, "{found:?}");
+    let names: Vec<String> = contents(temp.path()).into_keys().collect();
+    assert_eq!(names, [".c.4000001.tmp", ".gitignore", ".x.y.tmp", "a", "b", "notes.7.tmp"]);
+    assert_eq!((contents(&at("a"))["file"][0], contents(&at("b"))["file"][0]), (1, 4));
+    drop(running);
+    assert_eq!(atomic::recover(temp.path()).unwrap().removed, [at(".c.4000001.tmp")]);
+    assert!(atomic::recover(&at("nowhere")).unwrap().is_empty());
+}
+
+#[test]
+fn a_kill_while_an_adapter_is_saved_over_another_never_pairs_new_weights_with_old_settings() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("adapter");
+    let mut toy = Toy::new(DType::F32);
+    // Of equal shapes, so that nothing but the settings tells them apart.
+    let mut adapters = [4.0, 32.0].map(|alpha| {
+        let lora = Lora { r: 3, alpha, ..Lora::default() };
+        let made = fresh(&mut toy, &AdapterConfig::new(MethodConfig::Lora(lora)), alpha as u64, DType::F32);
+        perturb(&made, alpha as u64);
+        made
+    });
+    let mut save = |i: usize| {
+        folder::save(&mut toy, &adapters[i], &path).unwrap();
+        contents(&path)
+    };
+    let (old, new) = (save(0), save(1));
+    save(0);
+    let (mut kept, mut made, mut refused) = (0, 0, 0);
+    let toy = std::cell::RefCell::new(Toy::new(DType::F32));
+    let save = |adapter: &espalier_adapters::attach::Attached| {
+        folder::save(&mut *toy.borrow_mut(), adapter, &path).unwrap();
+    };
+    let [first, second] = &mut adapters;
+    killed_everywhere(
+        || save(second),
+        |n| {
+            let mut now = contents(&path);
+            now.retain(|name, _| !name.starts_with('.'));
+            match folder::read(&path) {
+                Ok(_) if now == old => kept += 1,
+                Ok(_) => assert_eq!(now, new, "{n}"),
+                Err(error) => {
+                    assert!(error.to_string().contains("adapter_"), "{error}");
+                    refused += 1;
+                }
+            }
+            let found = atomic::recover(&path).unwrap();
+            let now = contents(&path);
+            assert!(now == old || now == new, "{n}: {:?}", now.keys());
+            made += usize::from(now == new);
+            assert!(now == old || !found.completed.is_empty() || found.removed.len() == 1, "{n}: {found:?}");
+            folder::read(&path).unwrap();
+            save(first);
+        },
+    );
+    assert_eq!(contents(&path), new);
+    assert!(kept > 0 && made > 0 && refused > 0, "{kept} kept, {made} made, {refused} refused meanwhile");
 }

@@ -130,6 +130,37 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     ok(&command.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(losses(&whole), losses(&parted));
     assert!(adapter(&whole) == adapter(&parted), "the adapters differ");
+    for folder in [&parted, &parted.join("checkpoints"), &parted.join("adapter")] {
+        let names = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned());
+        let hidden: Vec<_> = names.filter(|name| name.starts_with('.')).collect();
+        assert!(hidden.is_empty(), "the kills left {hidden:?}");
+    }
+}
+
+#[test]
+fn a_refused_resume_leaves_the_run_as_it_is_and_other_instructions_are_said() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("run");
+    let mut first = arguments(&golden().join("curves/llama_lora/data.jsonl"), &out);
+    first[8] = "5".into();
+    let done = binary().args(&first).env("ESPALIER_SIMD", "baseline").output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let result: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(result["live"]["moved"], result["live"]["tensors"], "{result}");
+    assert_eq!(result["reload"]["max_difference"], 0.0, "{result}");
+    let recipe = || std::fs::read_to_string(out.join("recipe.toml")).unwrap();
+    let before = recipe();
+    let error = fails(1, &["train", "--resume", &text(&out), "--lr", "0.5"]);
+    assert!(error.contains("lr: was 0.001, now 0.5"), "{error}");
+    assert_eq!(recipe(), before);
+    let again = binary().args(["train", "--resume", &text(&out)]).output().unwrap();
+    let said = String::from_utf8_lossy(&again.stderr).into_owned() + &String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success(), "{said}");
+    assert!(said.contains("trainable tensors moved") && said.contains("adapter read back: same logits"), "{said}");
+    let doctor = json(&["doctor"]);
+    if doctor.to_string().contains("avx") {
+        assert!(said.contains("CPU instructions baseline, now avx") && said.contains("bits may differ"), "{said}");
+    }
 }
 
 #[test]

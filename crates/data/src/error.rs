@@ -203,7 +203,10 @@ pub enum RowError {
         detail: String,
     },
     /// A conversation came without a chat template.
-    #[error("a conversation needs a chat template, and the model folder has none; give one with chat_template")]
+    #[error(
+        "a conversation needs a chat template, and the model folder has none; put chat_template.jinja into it, or \
+             name a folder with tokenizer and template by `tokenizer`"
+    )]
     NoTemplate,
     /// Text came without a tokenizer.
     #[error("text needs a tokenizer, and the model folder has none; only rows with input_ids can be used")]

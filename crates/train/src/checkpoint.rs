@@ -13,6 +13,8 @@ use espalier_adapters::formats::{atomic, safetensors};
 use serde::{Deserialize, Serialize};
 
 use crate::dynamics::adamw::AdamW;
+use crate::identity::Identity;
+use crate::live::Liveness;
 use crate::{Error, Result};
 
 const PARAMETERS: &str = "parameters.safetensors";
@@ -40,10 +42,14 @@ pub struct State {
     /// Step of the last evaluation.
     #[serde(default)]
     pub evaluated: Option<usize>,
-    /// Best evaluation so far.
+    /// Best evaluation so far; None while every evaluation was no number.
+    #[serde(default, deserialize_with = "number_or_none")]
     pub best: Option<Best>,
     /// Evaluations since the best.
     pub since_best: usize,
+    /// What the watch over the first steps of the last start found.
+    #[serde(default)]
+    pub live: Option<Liveness>,
     /// What the run is made of: its recipe, its data's key and its base's hash.
     pub identity: Identity,
 }
@@ -57,41 +63,15 @@ pub struct Best {
     pub loss: f64,
 }
 
-/// What a run is made of; resuming checks it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
-    /// Resolved recipe, one value a key.
-    pub recipe: BTreeMap<String, String>,
-    /// Content key of the data.
-    pub data: String,
-    /// Content hash of the base.
-    pub base: String,
-}
-
-/// Keys that may differ when a run goes on, because they do not change what is computed.
-const FREE: &[&str] =
-    &["out", "save_every", "keep_checkpoints", "cache_dir", "tags", "checkpointing", "device", "allow_base"];
-
-impl Identity {
-    /// Differences that would change what is computed, one line each.
-    pub fn changes(&self, now: &Self) -> Vec<String> {
-        let mut lines = Vec::new();
-        for (key, old) in &self.recipe {
-            let new = now.recipe.get(key).map_or("(absent)", String::as_str);
-            if old != new && !FREE.contains(&key.as_str()) {
-                lines.push(format!("  recipe {key}: was {old}, now {new}"));
-            }
-        }
-        for (key, new) in now.recipe.iter().filter(|(k, _)| !self.recipe.contains_key(*k)) {
-            lines.push(format!("  recipe {key}: was (absent), now {new}"));
-        }
-        for (what, old, new) in [("data", &self.data, &now.data), ("base model", &self.base, &now.base)] {
-            if old != new {
-                lines.push(format!("  {what}: content was {old}, now {new}"));
-            }
-        }
-        lines
+/// Earlier versions kept an evaluation that was no number as the best, with a loss of `null`.
+fn number_or_none<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<Best>, D::Error> {
+    #[derive(Deserialize)]
+    struct Written {
+        step: usize,
+        loss: Option<f64>,
     }
+    let written = Option::<Written>::deserialize(from)?;
+    Ok(written.and_then(|best| Some(Best { step: best.step, loss: best.loss? })))
 }
 
 /// Name of the folder of a step.
@@ -181,6 +161,26 @@ pub fn restore(path: &Path, parameters: &ParameterMap, optimizer: &mut AdamW) ->
     Ok(state)
 }
 
+/// Puts right what killed writers left among the checkpoints; says what was found, one line each.
+///
+/// # Errors
+/// If a leftover cannot be renamed or removed.
+pub fn recover(folder: &Path) -> Result<Vec<String>> {
+    let found = atomic::recover(folder)?;
+    let mut lines = Vec::new();
+    for path in &found.restored {
+        lines.push(format!("{} was put back: a run had been killed while it replaced it", path.display()));
+    }
+    if !found.removed.is_empty() {
+        let n = found.removed.len();
+        lines.push(format!(
+            "{n} unfinished or replaced checkpoints of killed runs were removed from {}",
+            folder.display()
+        ));
+    }
+    Ok(lines)
+}
+
 /// Removes old checkpoints, keeping the newest `keep` and the one of step `best`.
 ///
 /// # Errors
@@ -190,7 +190,7 @@ pub fn prune(folder: &Path, keep: usize, best: Option<usize>) -> Result<()> {
     let old = all.len().saturating_sub(keep.max(1));
     for (step, path) in all.into_iter().take(old) {
         if Some(step) != best {
-            std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+            atomic::remove_folder(&path)?;
         }
     }
     Ok(())

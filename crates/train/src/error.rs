@@ -59,6 +59,14 @@ pub enum Error {
         /// One line for each difference.
         changes: Vec<String>,
     },
+    /// Trainable tensors are not trained.
+    #[error("{} trainable tensors are not trained after {steps} steps:\n{}", tensors.len(), tensors.join("\n"))]
+    NotTrained {
+        /// Steps of this start.
+        steps: usize,
+        /// One line for each tensor, with what is wrong.
+        tensors: Vec<String>,
+    },
     /// The loss or a gradient is not a number.
     #[error("step {step}: {what} is {value}; stopped before the update, last good checkpoint: {checkpoint}")]
     NotFinite {
@@ -114,6 +122,9 @@ impl Error {
             Self::NotFinite { .. } => Some(
                 "lower the learning rate, set max_grad_norm, or train in f32; then go on with `espalier train --resume DIR`"
                     .into(),
+            ),
+            Self::NotTrained { .. } => Some(
+                "leave them out of the adapter (target_modules, modules_to_save, bias), or give rows that use them".into(),
             ),
             Self::Changed { .. } => Some("start a new run folder, or put the old values back".into()),
             _ => None,

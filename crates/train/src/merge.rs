@@ -77,8 +77,11 @@ pub struct MergeReport {
     pub written: Written,
 }
 
+/// Largest difference; infinite where one is no number, which the maximum of a tensor passes over.
 fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
-    Ok(f64::from((a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?))
+    let differences = (a - b)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
+    let larger = |m: f64, d: f64| if d >= 0.0 { m.max(d) } else { f64::INFINITY };
+    Ok(differences.into_iter().map(f64::from).fold(0.0, larger))
 }
 
 /// Writes `model` to `out` as a model folder with a card, and reads it back: its scores must be those of `reference` within the

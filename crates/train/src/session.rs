@@ -11,12 +11,14 @@ use serde::Serialize;
 use crate::checkpoint;
 use crate::observer::Observer;
 use crate::plan::Plan;
+use crate::reload::{self, Reload};
 use crate::run::metrics::{self, EvalRecord, MetricsWriter, Record, StepRecord};
 use crate::run::model_card::{ModelCard, Score};
 use crate::run::report::{Report, curves};
 use crate::run::tensorboard::EventWriter;
 use crate::run::{RunError, RunFolder};
 use crate::trainer::{Outcome, Run, Scope};
+use crate::training::Training;
 use crate::{Error, Result};
 
 /// How a session is run.
@@ -44,6 +46,8 @@ pub struct SessionOutcome {
     pub model: Option<PathBuf>,
     /// Tensors written.
     pub tensors: usize,
+    /// How the adapter, read back from its folder, compares with the trained one.
+    pub reload: Option<Reload>,
     /// The report.
     pub report: PathBuf,
     /// The run folder.
@@ -92,7 +96,8 @@ impl Observer for Recorder<'_> {
 /// Runs `run` in its folder.
 ///
 /// # Errors
-/// If the folder holds another run, the run fails, or a file cannot be written.
+/// If the folder holds another run, the run cannot go on from it (nothing is written then), the run fails, a file cannot be
+/// written, or the adapter read back differs from the trained one.
 pub fn run(
     run: &mut Run,
     plan: &Plan,
@@ -101,20 +106,29 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<SessionOutcome> {
     let files = RunFolder::new(&run.recipe.out);
+    let checkpoints = files.checkpoints();
+    // Whatever can be refused is refused before anything is written.
+    let training = Training::new(run, Some(&checkpoints), options.resume)?;
+    let step = training.state.step as u64;
+    if options.resume || options.overwrite {
+        atomic::recover(&checkpoints)?;
+        atomic::recover(&files.adapter())?;
+        for path in [files.recipe(), files.metrics(), files.report(), files.root().join(MODEL)] {
+            atomic::recover_of(files.root(), path.file_name().and_then(|name| name.to_str()))?;
+        }
+    }
     if options.overwrite && !options.resume {
         clear(&files)?;
     }
+    if !options.resume && !checkpoint::list(&checkpoints).is_empty() {
+        return Err(holds_a_run(&files));
+    }
     files.create()?;
-    let checkpoints = files.checkpoints();
-    let step = checkpoint::list(&checkpoints).pop().map_or(0, |(step, _)| step) as u64;
     let metrics = if options.resume {
         MetricsWriter::resume(files.metrics(), step)?.0
     } else {
         MetricsWriter::create(files.metrics()).map_err(|e| match e {
-            RunError::Exists { .. } => Error::run(
-                files.root(),
-                "the folder holds a run already; go on with --resume, begin anew with --overwrite, or choose another --out",
-            ),
+            RunError::Exists { .. } => holds_a_run(&files),
             other => other.into(),
         })?
     };
@@ -125,29 +139,56 @@ pub fn run(
     let recipe = run.recipe.to_toml()?;
     atomic::write(&files.recipe(), |out| out.write_all(recipe.as_bytes()))?;
     let mut recorder = Recorder { metrics, events, inner: observer, notices: Vec::new() };
-    let outcome = run.train(Some(&checkpoints), options.resume, &mut recorder, stop)?;
+    let outcome = training.run(&mut recorder, stop)?;
     recorder.metrics.sync()?;
     let notices = recorder.notices;
-    let (adapter, model, tensors) = match options.scope {
+    let (adapter, model, tensors, reload) = match options.scope {
         Scope::Adapter => {
-            let (path, tensors) = write_adapter(run, &files, &outcome, plan, &recipe, &options.command)?;
-            (Some(path), None, tensors)
+            let (path, tensors, reload) = write_adapter(run, &files, &outcome, plan, &recipe, &options.command)?;
+            (Some(path), None, tensors, Some(reload))
         }
         Scope::WholeModel => {
             let (path, tensors) = write_model(run, &files)?;
-            (None, Some(path), tensors)
+            (None, Some(path), tensors, None)
         }
     };
-    report(run, &files, &outcome, plan, &recipe, &options.command, &notices)?;
-    Ok(SessionOutcome { outcome, adapter, model, tensors, report: files.report(), folder: files.root().to_owned() })
+    let (report, folder) = (files.report(), files.root().to_owned());
+    let ended = SessionOutcome { outcome, adapter, model, tensors, reload, report, folder };
+    write_report(run, &files, &ended, plan, &recipe, &options.command, &notices)?;
+    Ok(ended)
 }
 
-/// Removes what an earlier run left in the folder, and nothing else.
+/// Name of the folder of a model trained whole.
+const MODEL: &str = "model";
+
+fn holds_a_run(files: &RunFolder) -> Error {
+    Error::run(
+        files.root(),
+        "the folder holds a run already; go on with --resume, begin anew with --overwrite, or choose another --out",
+    )
+}
+
+/// Removes what an earlier run left in the folder, and nothing else: its results first, so that none of them is ever found
+/// beside another recipe.
 fn clear(files: &RunFolder) -> Result<()> {
     let remove_file = |path: PathBuf| match std::fs::remove_file(&path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
         _ => Ok(()),
     };
+    let (adapter, model) = (files.adapter(), files.root().join(MODEL));
+    for name in [folder::CONFIG_FILE, folder::WEIGHTS_FILE, "README.md"] {
+        remove_file(adapter.join(name))?;
+    }
+    let entries = std::fs::read_dir(&model).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_model = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+    };
+    entries.filter(is_model).try_for_each(remove_file)?;
+    for path in [adapter, model] {
+        // Only where nothing else is in it.
+        let _ = std::fs::remove_dir(path);
+    }
     for file in [files.metrics(), files.report(), files.recipe()] {
         remove_file(file)?;
     }
@@ -157,7 +198,7 @@ fn clear(files: &RunFolder) -> Result<()> {
         }
     }
     for (_, path) in checkpoint::list(&files.checkpoints()) {
-        std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        atomic::remove_folder(&path)?;
     }
     Ok(())
 }
@@ -169,25 +210,21 @@ fn write_adapter(
     plan: &Plan,
     recipe: &str,
     command: &str,
-) -> Result<(PathBuf, usize)> {
-    let path = files.root().join("adapter");
+) -> Result<(PathBuf, usize, Reload)> {
+    let path = files.adapter();
     std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
     let saved = run.save_adapter(&path)?;
     // Read back what was written: a file that says something else than the run is no result.
-    let written = folder::read(&path)?;
-    if written.tensors.len() != saved.tensors {
-        let found = written.tensors.len();
-        return Err(Error::run(&path, format!("{} tensors were written, {found} read back", saved.tensors)));
-    }
+    let reload = reload::check(run, &path)?;
     if let Some(from) = run.model.provenance().path().map(Path::to_owned).filter(|p| p.is_dir()) {
         copy_companions(&from, &path)?;
     }
     card(run, outcome, plan, recipe, command)?.write(path.join("README.md"))?;
-    Ok((path, saved.tensors))
+    Ok((path, saved.tensors, reload))
 }
 
 fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize)> {
-    let path = files.root().join("model");
+    let path = files.root().join(MODEL);
     let dtype = run.model.dtype();
     let merged = run.adapters.merge(&mut run.model, dtype)?;
     let options = ExportOptions { untie: merged.unties, ..ExportOptions::default() };
@@ -225,6 +262,9 @@ fn facts(outcome: &Outcome, plan: &Plan) -> Vec<(String, String)> {
         ("Training time".to_owned(), format!("{:.1} s", outcome.seconds)),
         ("Device".to_owned(), format!("{} ({})", plan.device, plan.dtype)),
     ];
+    if let Some(live) = &outcome.live {
+        facts.push(("Trained".to_owned(), live.to_string()));
+    }
     if let Some((step, loss)) = outcome.best {
         facts.push(("Best evaluation loss".to_owned(), format!("{loss:.4} at step {step}")));
     }
@@ -262,24 +302,25 @@ fn card(run: &Run, outcome: &Outcome, plan: &Plan, recipe: &str, command: &str) 
     })
 }
 
-fn report(
+fn write_report(
     run: &Run,
     files: &RunFolder,
-    outcome: &Outcome,
+    ended: &SessionOutcome,
     plan: &Plan,
     recipe: &str,
     command: &str,
     notices: &[String],
 ) -> Result<()> {
+    let outcome = &ended.outcome;
     let records = metrics::read(files.metrics())?;
     let title = files.root().file_name().map_or_else(|| "run".into(), |n| n.to_string_lossy().into_owned());
-    let ended = match (outcome.stopped, outcome.early_stopped) {
+    let how = match (outcome.stopped, outcome.early_stopped) {
         (true, _) => "stopped before its end",
         (_, true) => "ended early: the evaluation got no better",
         _ => "finished",
     };
     let mut page = Report::new(title)
-        .subtitle(format!("{} on {} ({}), {ended}", plan.method, plan.family, run.objective.name()))
+        .subtitle(format!("{} on {} ({}), {how}", plan.method, plan.family, run.objective.name()))
         .highlights([
             ("loss", format!("{:.4}", outcome.loss), "last training step"),
             ("steps", outcome.steps.to_string(), ""),
@@ -289,6 +330,7 @@ fn report(
         page = page.notice(notice.clone());
     }
     page = page.heading("Curves").charts(curves(&records)).heading("Run").facts(facts(outcome, plan));
+    page = page.facts(ended.reload.iter().map(|reload| ("Adapter read back", reload.to_string())));
     page = page.heading("Data").facts(counts(plan));
     page = page.heading("Sites").table(
         "Adapted modules",

@@ -42,6 +42,18 @@ impl Gradients {
         &self.sums
     }
 
+    /// Where nothing flowed to the `index`-th parameter, its sum becomes 0; whether that was so.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub fn fill(&mut self, index: usize) -> Result<bool> {
+        let (Some(sum @ None), Some(tensor)) = (self.sums.get_mut(index), self.tensors.get(index)) else {
+            return Ok(false);
+        };
+        *sum = Some(tensor.detach().zeros_like()?);
+        Ok(true)
+    }
+
     /// Forgets all sums.
     pub fn clear(&mut self) {
         self.sums.iter_mut().for_each(|s| *s = None);

@@ -1,16 +1,16 @@
 //! A run: everything a recipe names, loaded and checked, and what can be done with it.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use espalier_adapters::formats::folder;
-use espalier_adapters::{AdapterSet, Host, ParameterMap};
+use espalier_adapters::{AdapterSet, ParameterMap};
 use espalier_data::TextCodec;
 use espalier_models::Model;
 use serde::Serialize;
 
-use crate::checkpoint::Identity;
+use crate::identity::Identity;
+use crate::live::Liveness;
 use crate::objective::Objective;
 use crate::observer::Observer;
 use crate::recipe::Recipe;
@@ -71,6 +71,8 @@ pub struct Outcome {
     pub peak_memory_bytes: Option<u64>,
     /// Trainable values.
     pub trainable_parameters: usize,
+    /// What the watch over the first steps of the last start found; None if no step was taken.
+    pub live: Option<Liveness>,
 }
 
 /// What trains: an adapter, or the whole model.
@@ -147,11 +149,9 @@ impl Run {
     /// What the run is made of.
     ///
     /// # Errors
-    /// If the recipe cannot be written out or the base cannot be hashed.
+    /// If the recipe cannot be written out, or the base or the start adapter cannot be read.
     pub fn identity(&self) -> Result<Identity> {
-        let table = toml::Table::try_from(&self.recipe).map_err(|e| Error::recipe("recipe", e.to_string()))?;
-        let recipe: BTreeMap<String, String> = table.into_iter().map(|(k, v)| (k, v.to_string())).collect();
-        Ok(Identity { recipe, data: self.data.key.clone(), base: self.model.base_hash()? })
+        Identity::of(self)
     }
 
     /// Mean loss over the evaluation data, and the number of its targets.
@@ -170,10 +170,10 @@ impl Run {
         Ok((weight > 0).then(|| (sum / weight as f64, weight)))
     }
 
-    /// Writes the trained adapter as a PEFT folder.
+    /// Writes the trained adapter as a PEFT folder; [`crate::reload::check`] reads it back.
     ///
     /// # Errors
-    /// If it cannot be written, or reads back differently.
+    /// If it cannot be written.
     pub fn save_adapter(&mut self, path: &Path) -> Result<folder::Saved> {
         let attached = self.adapters.get(&self.name)?;
         Ok(folder::save(&mut self.model, attached, path)?)
@@ -182,7 +182,8 @@ impl Run {
     /// Trains to the end, or until `stop` is set; `checkpoints` is where checkpoints go, and where a resumed run starts.
     ///
     /// # Errors
-    /// If a batch cannot be read, a value is not finite, or a checkpoint cannot be written.
+    /// If a batch cannot be read, a value is not finite, a trainable tensor is not trained, or a checkpoint cannot be
+    /// written.
     pub fn train(
         &mut self,
         checkpoints: Option<&Path>,
@@ -190,19 +191,6 @@ impl Run {
         observer: &mut dyn Observer,
         stop: &AtomicBool,
     ) -> Result<Outcome> {
-        let mut training = Training::new(self, checkpoints, resume)?;
-        observer.start(training.state.step, training.total);
-        training.catch_up(observer)?;
-        while training.state.step < training.total && !training.early_stopped {
-            training.step(observer)?;
-            let stopping = stop.load(Ordering::Relaxed);
-            let epoch_end = training.state.batch == 0;
-            training.after_step(epoch_end, stopping, observer)?;
-            if stopping {
-                training.stopped = training.state.step < training.total;
-                break;
-            }
-        }
-        training.finish(observer)
+        Training::new(self, checkpoints, resume)?.run(observer, stop)
     }
 }

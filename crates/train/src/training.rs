@@ -1,6 +1,7 @@
 //! The loop itself: windows of batches to gradients to updates, with evaluation, checkpoints and a way back from any stop.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Var;
@@ -11,6 +12,7 @@ use crate::checkpoint::{self, Best, State};
 use crate::dynamics::adamw::{AdamW, AdamWStep};
 use crate::dynamics::schedule::Schedule;
 use crate::dynamics::{global_norm, rate_factors};
+use crate::live::Watch;
 use crate::objective::Targets;
 use crate::observer::Observer;
 use crate::run::metrics::{EvalRecord, StepRecord};
@@ -27,7 +29,7 @@ pub(crate) struct Training<'a> {
     gradients: Gradients,
     start: Start,
     pub(crate) state: State,
-    pub(crate) total: usize,
+    total: usize,
     resumed_from: Option<usize>,
     last_saved: Option<usize>,
     loss: f64,
@@ -35,9 +37,10 @@ pub(crate) struct Training<'a> {
     began: Instant,
     first_step_s: Option<f64>,
     timed: (u64, f64),
-    pub(crate) stopped: bool,
-    pub(crate) early_stopped: bool,
-    moved: Vec<bool>,
+    stopped: bool,
+    early_stopped: bool,
+    watch: Watch,
+    notices: Vec<String>,
 }
 
 impl<'a> Training<'a> {
@@ -47,23 +50,33 @@ impl<'a> Training<'a> {
             .trainable()
             .map(|p| Ok((p.name.clone(), p.var()?)))
             .collect::<Result<Vec<(String, Var)>>>()?;
-        let mut optimizer = AdamW::new(parameters, rate_factors(&run.recipe, &run.parameters)?)?;
+        let factors = rate_factors(&run.recipe, &run.parameters)?;
+        let mut optimizer = AdamW::new(parameters, factors.clone())?;
         let total = run.total_steps()?;
         let mut state = State { identity: run.identity()?, ..State::default() };
         let mut resumed_from = None;
+        let mut notices = Vec::new();
         if let (true, Some(folder)) = (resume, checkpoints) {
             // A run killed before its first checkpoint starts again, to the same bits.
             resumed_from = Some(0);
+            notices.extend(checkpoint::recover(folder)?);
             if let Some((_, newest)) = checkpoint::list(folder).pop() {
-                let changes = checkpoint::read_state(&newest)?.identity.changes(&state.identity);
+                let saved = checkpoint::read_state(&newest)?.identity;
+                let changes = saved.changes(&state.identity);
                 if !changes.is_empty() {
                     return Err(Error::Changed { path: newest, changes });
                 }
+                notices.extend(saved.notices(&state.identity));
                 let identity = std::mem::take(&mut state.identity);
                 state = State { identity, ..checkpoint::restore(&newest, &run.parameters, &mut optimizer)? };
                 resumed_from = Some(state.step);
+            } else {
+                notices
+                    .push(format!("{} holds no checkpoint: the run starts again from its beginning", folder.display()));
             }
         }
+        let attached = run.adapters.get(&run.name)?;
+        let watch = Watch::new(&run.parameters, &factors, attached, run.recipe.adam_eps)?;
         let loss = if state.step > 0 { state.loss } else { f64::NAN };
         Ok(Self {
             run,
@@ -71,7 +84,8 @@ impl<'a> Training<'a> {
             schedule: Schedule::new(&run.recipe, total),
             gradients: Gradients::new(&run.parameters),
             start: Start::of(&run.model, &run.parameters),
-            moved: vec![false; run.parameters.trainable().count()],
+            watch,
+            notices,
             optimizer,
             last_saved: resumed_from.filter(|step| *step > 0),
             resumed_from,
@@ -85,6 +99,26 @@ impl<'a> Training<'a> {
             stopped: false,
             early_stopped: false,
         })
+    }
+
+    /// Trains to the end, or until `stop` is set.
+    pub(crate) fn run(mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Outcome> {
+        observer.start(self.state.step, self.total);
+        for notice in std::mem::take(&mut self.notices) {
+            observer.notice(&notice);
+        }
+        self.catch_up(observer)?;
+        while self.state.step < self.total && !self.early_stopped {
+            self.step(observer)?;
+            let stopping = stop.load(Ordering::Relaxed);
+            let epoch_end = self.state.batch == 0;
+            self.after_step(epoch_end, stopping, observer)?;
+            if stopping {
+                self.stopped = self.state.step < self.total;
+                break;
+            }
+        }
+        self.finish(observer)
     }
 
     /// The micro-batches of the next step, all of one epoch, and moves on past them.
@@ -107,7 +141,7 @@ impl<'a> Training<'a> {
         Ok(window)
     }
 
-    pub(crate) fn step(&mut self, observer: &mut dyn Observer) -> Result<()> {
+    fn step(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let started = Instant::now();
         let recipe = &self.run.recipe;
         let window = self.window()?;
@@ -148,10 +182,11 @@ impl<'a> Training<'a> {
         self.finite("the loss", loss)?;
         let norm = global_norm(self.gradients.sums())?;
         self.finite("the gradient's norm", norm)?;
-        self.watch_gradients()?;
+        self.fill_gradients()?;
         let clip = recipe.max_grad_norm;
         let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
         let lr = recipe.lr * self.schedule.factor(self.state.step);
+        self.watch.gradients(self.gradients.sums(), scale, lr)?;
         let settings = AdamWStep {
             lr,
             beta1: recipe.beta1,
@@ -197,50 +232,49 @@ impl<'a> Training<'a> {
         Err(Error::NotFinite { step: self.state.step + 1, what, value, checkpoint })
     }
 
-    /// A trainable tensor that no gradient reaches is not trained: an error, not a flat curve.
-    fn watch_gradients(&mut self) -> Result<()> {
-        for (i, (sum, parameter)) in self.gradients.sums().iter().zip(self.run.parameters.trainable()).enumerate() {
-            match sum {
-                None => {
-                    return Err(Error::run(&parameter.name, "is trainable, but no gradient reaches it"));
-                }
-                Some(sum) if !self.moved[i] && self.state.step < 3 => {
-                    self.moved[i] = sum.abs()?.max_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? > 0.0;
-                }
-                Some(_) => {}
+    /// A trainable tensor that no gradient can reach is not trained: an error, not a flat curve. Token rows that are not in
+    /// the window have a gradient of 0.
+    fn fill_gradients(&mut self) -> Result<()> {
+        for i in 0..self.gradients.sums().len() {
+            if !self.watch.may_be_absent(i) && self.gradients.sums()[i].is_none() {
+                return Err(Error::run(self.watch.name(i), "is trainable, but no gradient reaches it"));
             }
+            self.gradients.fill(i)?;
         }
         Ok(())
     }
 
-    pub(crate) fn after_step(&mut self, epoch_end: bool, stopping: bool, observer: &mut dyn Observer) -> Result<()> {
+    fn after_step(&mut self, epoch_end: bool, stopping: bool, observer: &mut dyn Observer) -> Result<()> {
         let recipe = &self.run.recipe;
         let step = self.state.step;
-        if step == 3 {
-            let names = self.run.parameters.trainable().map(|p| p.name.as_str());
-            let still: Vec<&str> = names.zip(&self.moved).filter(|(_, moved)| !**moved).map(|(n, _)| n).collect();
-            if !still.is_empty() && self.resumed_from.is_none() {
-                observer.notice(&format!(
-                    "{} trainable tensors have had no gradient in 3 steps: {}",
-                    still.len(),
-                    still.join(", ")
-                ));
-            }
-        }
         let due = |every: usize| if every == 0 { epoch_end } else { step.is_multiple_of(every) };
         let last = step >= self.total;
+        // Before anything is saved from which the run could go on past a fault.
+        self.watch(last || stopping, observer)?;
         // A stop does not wait for an evaluation: it is made up for when the run goes on.
         if last || (!stopping && due(recipe.eval_every)) {
             self.evaluate(observer)?;
         }
+        self.watch(self.early_stopped, observer)?;
         if due(recipe.save_every) || last || stopping || self.early_stopped {
             self.save(observer)?;
         }
         Ok(())
     }
 
+    /// Looks at the trained tensors when the first steps are taken, or at the `end` of fewer.
+    fn watch(&mut self, end: bool, observer: &mut dyn Observer) -> Result<()> {
+        if let Some(found) = self.watch.found(end)? {
+            if !found.still.is_empty() {
+                observer.notice(&found.to_string());
+            }
+            self.state.live = Some(found);
+        }
+        Ok(())
+    }
+
     /// What the run still owed when it was left: an evaluation that a stop passed over, or the end by early stopping.
-    pub(crate) fn catch_up(&mut self, observer: &mut dyn Observer) -> Result<()> {
+    fn catch_up(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let recipe = &self.run.recipe;
         let step = self.state.step;
         if step == 0 {
@@ -268,7 +302,13 @@ impl<'a> Training<'a> {
             eval_s: began.elapsed().as_secs_f64(),
             extra: serde_json::Map::new(),
         })?;
-        if self.state.best.is_none_or(|best| loss < best.loss) {
+        if !loss.is_finite() {
+            observer.notice(&format!(
+                "the evaluation at step {} gave {loss}: it counts as no better than any other",
+                self.state.step
+            ));
+        }
+        if loss.is_finite() && self.state.best.is_none_or(|best| loss < best.loss) {
             self.state.best = Some(Best { step: self.state.step, loss });
             self.state.since_best = 0;
             self.save(observer)?;
@@ -294,7 +334,7 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    pub(crate) fn finish(self, observer: &mut dyn Observer) -> Result<Outcome> {
+    fn finish(self, observer: &mut dyn Observer) -> Result<Outcome> {
         if let (true, false, Some(best), Some(folder)) =
             (self.run.recipe.load_best, self.stopped, self.state.best, self.checkpoints.as_deref())
             && best.step != self.state.step
@@ -319,6 +359,7 @@ impl<'a> Training<'a> {
             tokens_per_s: if self.timed.1 > 0.0 { self.timed.0 as f64 / self.timed.1 } else { 0.0 },
             peak_memory_bytes: memory::peak_on(self.run.model.device())?,
             trainable_parameters: self.run.parameters.trainable_count(),
+            live: self.state.live,
         })
     }
 }

@@ -24,14 +24,19 @@ fn numbers(value: &Value) -> Vec<f64> {
 /// Largest relative difference.
 fn relative(ours: &[f64], theirs: &[f64]) -> f64 {
     assert_eq!(ours.len(), theirs.len());
-    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs() / b.abs().max(1e-12)).fold(0.0, f64::max)
+    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs() / b.abs().max(1e-12)).fold(0.0, larger)
+}
+
+/// The larger difference; one that is no number is larger than any.
+fn larger(m: f64, d: f64) -> f64 {
+    if d >= 0.0 { m.max(d) } else { f64::INFINITY }
 }
 
 fn absolute(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     let wide = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
     let difference = (wide(a) - wide(b)).unwrap();
-    difference.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+    difference.abs().unwrap().flatten_all().unwrap().to_vec1().unwrap().into_iter().fold(0.0, larger)
 }
 
 fn recipe(folder: &Path, settings: &Value) -> Recipe {
@@ -88,7 +93,7 @@ fn case(name: &str) -> [f64; 4] {
     let ours = tensors(&saved.path().join("adapter_model.safetensors"));
     let theirs = tensors(&folder.join("final/adapter_model.safetensors"));
     assert!(ours.keys().eq(theirs.keys()), "{name}: {:?} against {:?}", ours.keys(), theirs.keys());
-    let weights = ours.iter().map(|(key, t)| absolute(t, &theirs[key])).fold(0.0, f64::max);
+    let weights = ours.iter().map(|(key, t)| absolute(t, &theirs[key])).fold(0.0, larger);
     eprintln!("{name:20} loss {losses:.1e}  norm {norms:.1e}  logits {scores:.1e}  adapter {weights:.1e}");
     [losses, norms, scores, weights]
 }

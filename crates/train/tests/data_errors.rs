@@ -66,6 +66,32 @@ fn rows_without_a_trained_token_are_refused_and_counted() {
 }
 
 #[test]
+fn a_conversation_without_a_template_says_where_one_can_be_given() {
+    let place = Place::new();
+    let rows = place.write(
+        "chat.jsonl",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n",
+    );
+    let from = espalier_models::seedling::folder().unwrap();
+    let folder = place.dir.path().join("tokenizer");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(from.join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    let with = Recipe {
+        model: from.display().to_string(),
+        tokenizer: Some(folder.display().to_string()),
+        max_length: 64,
+        ..place.recipe(&rows)
+    };
+    place.refuses(with.clone(), &["chat.jsonl:1", "chat template", "put chat_template.jinja into it", "`tokenizer`"]);
+    // The key it names exists, and what it says helps.
+    assert!(toml::Table::try_from(&with).unwrap().contains_key("tokenizer"));
+    let template =
+        "{% for m in messages %}{{ m.content }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+    Run::prepare(with).unwrap();
+}
+
+#[test]
 fn a_bad_row_names_file_and_line() {
     let place = Place::new();
     for (bad, word) in [

@@ -39,7 +39,7 @@ pub(super) struct Report(pub(super) SessionOutcome);
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SessionOutcome { outcome, adapter, model, tensors, report, .. } = &self.0;
+        let SessionOutcome { outcome, adapter, model, tensors, reload, report, .. } = &self.0;
         let how = match (outcome.stopped, outcome.early_stopped) {
             (true, _) => "stopped",
             (_, true) => "ended early",
@@ -67,6 +67,12 @@ impl fmt::Display for Report {
                 if adapter.is_some() { "adapter" } else { "model" },
                 path.display()
             )?;
+        }
+        if let Some(live) = &outcome.live {
+            writeln!(f, "  {live}")?;
+        }
+        if let Some(reload) = reload {
+            writeln!(f, "  adapter read back: {reload}")?;
         }
         write!(f, "  report: {}", report.display())
     }

@@ -48,9 +48,16 @@ pub(crate) fn logits(model: &Model, ids: &Tensor) -> Tensor {
     scores.detach().to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
 }
 
+/// Greatest absolute difference; NaN, which the maximum of a tensor passes over, counts as infinite.
 pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     let wide = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
     let d = (wide(a) - wide(b)).unwrap();
-    d.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
+    largest(&d)
+}
+
+/// Greatest absolute value; NaN counts as infinite.
+pub(crate) fn largest(t: &Tensor) -> f64 {
+    let values = t.to_dtype(DType::F64).unwrap().abs().unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    values.into_iter().fold(0.0, |m, d| if d >= 0.0 { m.max(d) } else { f64::INFINITY })
 }

@@ -7,6 +7,7 @@
 //!   events.out.tfevents.SECS.HOST.PID     the same scalars for TensorBoard                         [`tensorboard`]
 //!   report.html                           self-contained report: facts, curves, tables, samples    [`report`], [`plot`]
 //!   checkpoints/                          adapter and trainer state per saved step
+//!   adapter/                              the trained adapter in PEFT's layout
 //!   README.md                             model card of the adapter, when the folder holds one     [`model_card`]
 //! ```
 //!
@@ -64,6 +65,11 @@ impl RunFolder {
     /// `report.html`.
     pub fn report(&self) -> PathBuf {
         self.root.join("report.html")
+    }
+
+    /// `adapter/`: the trained adapter.
+    pub fn adapter(&self) -> PathBuf {
+        self.root.join("adapter")
     }
 
     /// `checkpoints/`.
