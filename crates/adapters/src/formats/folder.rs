@@ -52,6 +52,8 @@ pub struct Saved {
 /// # Errors
 /// If the folder, its settings or their values are not valid.
 pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
+    // What a killed save had committed is put in place first.
+    atomic::recover_of(folder, Some("files"))?;
     let path = folder.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
     let json = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
