@@ -88,6 +88,8 @@ mod v4 {
 
     /// Registers of a row in flight.
     const STEPS: usize = 4;
+    /// Bytes by which memory is asked for ahead.
+    const AHEAD: usize = 4096;
 
     /// The sums of the entries of four registers, each in the same order.
     #[inline]
@@ -133,6 +135,7 @@ mod v4 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     unsafe fn row<T: Stored, const C: usize>(
         (w, i): (*const T, usize),
+        (ahead, pace): (*const T, usize),
         x: *const f32,
         k: usize,
         beside: &[Beside<'_>],
@@ -142,8 +145,8 @@ mod v4 {
         let mut p = 0;
         // Whole steps first: their masks are constants.
         while p + 16 * STEPS <= k {
-            // Memory is asked for a page's quarter ahead: the weight is one stream from its first row to its last.
-            _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p).cast::<i8>().wrapping_add(1024));
+            // Memory is asked for ahead: the weight is one stream from its first row to its last.
+            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(p / pace).cast());
             // SAFETY: rows of k entries, C of them at x.
             unsafe { step::<T, C>(w.wrapping_add(p), x.wrapping_add(p), k, [16; STEPS], &mut sums) };
             p += 16 * STEPS;
@@ -176,18 +179,22 @@ mod v4 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub(super) unsafe fn dots<T: Stored>(w: &[T], x: &[f32], k: usize, beside: &[Beside<'_>], y: &mut [f32]) {
         let n = beside.len();
+        // Each pass over a row asks for its share of a later one, so that memory is never idle.
+        let passes = n.div_ceil(4);
         for (i, (w, y)) in w.chunks_exact(k).zip(y.chunks_exact_mut(n)).enumerate() {
-            let mut c = 0;
+            let (mut c, mut pass) = (0, 0);
             while c < n {
+                let ahead = w.as_ptr().cast::<i8>().wrapping_add(AHEAD).cast::<T>().wrapping_add(pass * k / passes);
                 let (w, x, side, y) = ((w.as_ptr(), i), x[c * k..].as_ptr(), &beside[c..], &mut y[c..]);
                 // SAFETY: the caller's promise.
                 c += unsafe {
                     match n - c {
-                        4.. => (row::<T, 4>(w, x, k, side, y), 4).1,
-                        2.. => (row::<T, 2>(w, x, k, side, y), 2).1,
-                        _ => (row::<T, 1>(w, x, k, side, y), 1).1,
+                        4.. => (row::<T, 4>(w, (ahead, passes), x, k, side, y), 4).1,
+                        2.. => (row::<T, 2>(w, (ahead, passes), x, k, side, y), 2).1,
+                        _ => (row::<T, 1>(w, (ahead, passes), x, k, side, y), 1).1,
                     }
                 };
+                pass += 1;
             }
         }
     }
