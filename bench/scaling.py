@@ -61,7 +61,7 @@ def panel(points, what, key, title, x0, y0, w=260, h=150):
            f'<path d="M{x0} {y0}V{y0 + h}H{x0 + w}" class="axis"/>']
     for i in range(5):
         y = y0 + h - i * h / 4
-        out.append(f'<path d="M{x0} {y}H{x0 + w}" class="grid"/><text x="{x0 - 6}" y="{y + 4}" class="y">{top * i / 4:g}</text>')
+        out.append(f'<path d="M{x0} {y}H{x0 + w}" class="grid"/><text x="{x0 - 6}" y="{y + 4}" class="y">{f"{top * i / 4:,.1f}".removesuffix(".0")}</text>')
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
     out.append(f'<polyline points="{line}" class="line"/>')
     for p in points:
