@@ -7,7 +7,8 @@ use std::path::Path;
 
 use common::{CHATML, codec, write};
 use espalier_data::{
-    ChatTemplate, DataError, DataOptions, EncodeOptions, Example, Source, TextCodec, TokenStore, cache_key,
+    ChatTemplate, DataError, DataOptions, EncodeOptions, Example, Source, SpecialTokens, TextCodec, TokenStore,
+    cache_key,
 };
 use tempfile::TempDir;
 
@@ -186,4 +187,34 @@ fn missing_end_of_sequence_is_noted() {
 fn examples_with_unequal_lists_are_refused() {
     let bad = Example { input_ids: vec![1, 2], labels: vec![1], class: None, truncated: false };
     assert!(TokenStore::from_examples([bad]).unwrap_err().to_string().contains("2 ids and 1 labels"));
+}
+
+#[test]
+fn answers_that_do_not_end_in_a_stop_token_are_counted() {
+    let notes = |template: &str, options: EncodeOptions, content: &str| {
+        let folder = TempDir::new().unwrap();
+        let (tokenizer, names) = (common::tokenizer(&common::ALL), common::names("<|im_end|>"));
+        let specials = SpecialTokens::named(&tokenizer, names.clone());
+        let template = ChatTemplate::new(template, names).unwrap();
+        let codec = TextCodec::new(tokenizer, Some(template), specials).unwrap().with_options(options);
+        let store = TokenStore::build(&source(folder.path(), content, false), &codec, None).unwrap();
+        store.report().notes.join("; ")
+    };
+    let turn = |text: &str| {
+        format!("{{\"role\": \"user\", \"content\": \"x\"}}, {{\"role\": \"assistant\", \"content\": \"{text}\"}}")
+    };
+    let chat = format!("{{\"messages\": [{}]}}\n{{\"messages\": [{}, {}]}}\n", turn("y"), turn("a"), turn("b"));
+    assert_eq!(notes(CHATML, EncodeOptions::default(), &chat), "");
+    let left_out = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
+        {% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}";
+    let found = notes(left_out, EncodeOptions::default(), &chat);
+    assert!(found.contains("2 of 2 answers do not end in a stop token") && found.contains("<|im_end|>"), "{found}");
+    let cut = EncodeOptions { max_length: Some(30), ..Default::default() };
+    let long = format!("{{\"messages\": [{}]}}\n", turn("abcdefghijklmnopqrstuvwxyz"));
+    let found =
+        notes(CHATML, EncodeOptions { truncation: espalier_data::Truncation::Right, ..cut }, &format!("{chat}{long}"));
+    assert!(found.contains("1 of 3 answers") && found.contains("1 of them cut off"), "{found}");
+    let bare = EncodeOptions { add_eos: false, ..Default::default() };
+    let found = notes(CHATML, bare, "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"c\"}\n");
+    assert!(found.contains("1 of 1 answers"), "{found}");
 }
