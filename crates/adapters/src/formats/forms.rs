@@ -70,7 +70,8 @@ impl Form {
             }
             Self::Kohya => Some("its tensors belong to an image model, and image models are not read here"),
             Self::Unknown => Some(
-                "neither a PEFT folder (adapter_config.json and adapter_model.safetensors) nor a file of low-rank factors",
+                "neither a PEFT folder (adapter_config.json and adapter_model.safetensors) nor a file of low-rank factors; \
+                 where a folder holds such a file, name the file itself",
             ),
         }
     }
