@@ -11,11 +11,11 @@ use candle_core::{DType, Tensor};
 use common::{Watcher, data, family, lora, recipe, session, session_with, tensors, write_rows, write_tensors};
 use espalier_adapters::AdapterSet;
 use espalier_adapters::formats::folder;
-use espalier_models::{LoadOptions, Model};
 use espalier_data::TextCodec;
-use espalier_train::verify::Probe;
+use espalier_models::{LoadOptions, Model};
 use espalier_train::session::{self, SessionOptions};
 use espalier_train::trainer::Scope;
+use espalier_train::verify::Probe;
 use espalier_train::{Error, Recipe, Run, checkpoint, merge, reload};
 
 /// A copy of a golden model with one tensor changed.
