@@ -66,9 +66,9 @@ fn table(method: &MethodConfig) -> Result<toml::Table> {
     Ok(toml::Table::try_from(method)?)
 }
 
-/// The methods' example that draws random numbers while training, and the first of another method.
+/// The example of a method called `wanted`.
 fn example(wanted: &str) -> Result<toml::Table> {
-    let found = MethodConfig::examples().into_iter().find(|(name, _)| name.contains(wanted));
+    let found = MethodConfig::examples().into_iter().find(|(name, _)| name == wanted);
     table(&found.with_context(|| format!("no example `{wanted}`"))?.1)
 }
 
@@ -94,17 +94,12 @@ pub fn saving(folder: &Path) -> Result<Vec<(&'static str, Recipe)>> {
         max_steps: Some(8),
         save_every: 1,
         keep_checkpoints: 2,
-        adapter: example("dropout")?,
+        adapter: example("lora dropout")?,
         ..Recipe::default()
     };
     let evaluated = Recipe { validation_split: 3.0, eval_every: 2, keep_checkpoints: 1, ..plain.clone() };
-    let packed = Recipe {
-        packing: true,
-        max_length: 32,
-        accumulation: 2,
-        adapter: table(&MethodConfig::by_name("dora")?)?,
-        ..plain.clone()
-    };
+    let packed =
+        Recipe { packing: true, max_length: 32, accumulation: 2, adapter: example("dora dropout")?, ..plain.clone() };
     let classified = Recipe {
         model: family("bert"),
         tokenizer: Some(words.display().to_string()),
