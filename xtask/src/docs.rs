@@ -1,10 +1,11 @@
-//! Documentation made from the code: recipe keys, methods, model families.
+//! Documentation made from the code: recipe keys, methods, model families; and from kept records: reliability.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use espalier_models::config::SUPPORTED;
 use espalier_train::recipe::{KEYS, adapter_keys};
+use espalier_trials::{Form, Record, TRIALS, Trial};
 
 const NOTE: &str = "<!-- Made by `cargo xtask docs`; a test compares it with the code. -->\n\n";
 
@@ -13,7 +14,11 @@ pub const CARD: [&str; 4] = ["Equation:", "Shapes:", "Source:", "Cost:"];
 
 /// All generated pages, by path under the root.
 pub fn pages(root: &Path) -> Vec<(PathBuf, String)> {
-    vec![("docs/recipes.md".into(), recipes()), ("docs/methods.md".into(), methods(root))]
+    vec![
+        ("docs/recipes.md".into(), recipes()),
+        ("docs/methods.md".into(), methods(root)),
+        ("docs/reliability.md".into(), reliability(root)),
+    ]
 }
 
 fn cell(text: &str) -> String {
@@ -97,4 +102,61 @@ fn methods(root: &Path) -> String {
         }
     }
     out
+}
+
+const RECORDS: &str = "bench/reliability";
+
+/// A count, or a figure with two digits.
+fn figure(value: f64) -> String {
+    if value.fract() == 0.0 { format!("{value}") } else { format!("{value:.1e}") }
+}
+
+/// What the trials found, from their kept records: it does not depend on the machine that makes the page.
+fn reliability(root: &Path) -> String {
+    let mut out = format!(
+        "# Reliability\n\n{NOTE}What is promised, tried and measured. Each figure is of the command beside it, kept by `--record` \
+         in `{RECORDS}`; the\nbounded form of every trial runs with the tests. A trial that tries fewer cases than it must has \
+         failed, and so has a figure\nthat is no number.\n\n| | what | figure | bar | met | trials | command |\n|---|---|---|---|---|---|---|\n"
+    );
+    let mut details = String::new();
+    for trial in TRIALS {
+        let file = root.join(RECORDS).join(format!("{}.json", trial.id));
+        let record = std::fs::read_to_string(file).ok().and_then(|text| serde_json::from_str::<Record>(&text).ok());
+        let Some(record) = record else {
+            let command = trial.command(Form::Full);
+            let _ = writeln!(out, "| {} | {} | not recorded | | | | `{command}` |", trial.id, cell(trial.title));
+            let _ = write!(details, "{}", heading(trial));
+            continue;
+        };
+        let measured = record.measured.map_or_else(|| "no number".into(), figure);
+        let met = if record.passed { "yes" } else { "**no**" };
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} {} | {} | {met} | {} | `{}` |",
+            trial.id,
+            cell(trial.title),
+            measured,
+            cell(trial.unit),
+            figure(record.bar),
+            record.trials,
+            record.command
+        );
+        let _ = write!(details, "{}", heading(trial));
+        if !record.counts.is_empty() {
+            let counts: Vec<String> = record.counts.iter().map(|(name, n)| format!("{n} {name}")).collect();
+            let _ = write!(details, "\nTried: {}.\n", counts.join("; "));
+        }
+        if let Some(worst) = &record.worst {
+            let _ = write!(details, "\nThe worst is {worst}.\n");
+        }
+        for failure in record.failures.iter().chain(&record.error) {
+            let _ = write!(details, "\n- did not hold: {failure}\n");
+        }
+        let _ = write!(details, "\nTook {} s on {}.\n", record.seconds, record.machine);
+    }
+    out + &details
+}
+
+fn heading(trial: &Trial) -> String {
+    format!("\n## {} {}\n\n{}\n", trial.id, trial.title, trial.claim)
 }

@@ -1,6 +1,9 @@
-//! `cargo xtask tidy` checks the invariants; `cargo xtask docs` writes the generated documentation.
+//! `cargo xtask tidy` checks the invariants; `cargo xtask docs` writes the generated documentation; `cargo xtask trial` tries
+//! what is promised.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod trial;
 
 use std::process::ExitCode;
 
@@ -24,8 +27,19 @@ fn main() -> ExitCode {
             }
             ExitCode::SUCCESS
         }
+        Some("trial") => trial::command(&root, &std::env::args().skip(2).collect::<Vec<_>>()),
+        Some(trial::WORKER) => {
+            match std::env::args_os().nth(2).map(|job| espalier_trials::worker::main(job.as_ref())) {
+                Some(Ok(())) => ExitCode::SUCCESS,
+                Some(Err(e)) => {
+                    eprintln!("{e:#}");
+                    ExitCode::FAILURE
+                }
+                None => ExitCode::from(2),
+            }
+        }
         _ => {
-            eprintln!("usage: cargo xtask tidy | docs");
+            eprintln!("usage: cargo xtask tidy | docs | trial");
             ExitCode::from(2)
         }
     }

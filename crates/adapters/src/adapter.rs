@@ -101,6 +101,15 @@ pub trait Method {
         None
     }
 
+    /// Settings to try the method with, by name: at least as it comes, and one of each way in which it can be set up. What is
+    /// promised of every method is tried with each of them.
+    fn examples() -> Vec<(String, Self)>
+    where
+        Self: Sized + Default,
+    {
+        vec![("as it comes".to_owned(), Self::default())]
+    }
+
     /// The method's settings as keys of PEFT's `adapter_config.json`, with `peft_type`; None where PEFT lacks it.
     fn to_peft(&self) -> Option<serde_json::Map<String, serde_json::Value>>;
 

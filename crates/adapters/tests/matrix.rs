@@ -10,7 +10,7 @@ use common::*;
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::config::{BiasMode, TokenIndices};
 use espalier_adapters::formats::folder;
-use espalier_adapters::initialisation::{INITIALISATIONS, Initialisation};
+use espalier_adapters::initialisation::INITIALISATIONS;
 use espalier_adapters::parametrisation::METHODS;
 use espalier_adapters::parametrisation::dora::Dora;
 use espalier_adapters::parametrisation::lora::Lora;
@@ -21,25 +21,8 @@ use espalier_adapters::{
 
 /// Name, settings; every method of the list has at least its default row.
 fn rows() -> Vec<(String, AdapterConfig)> {
-    let mut rows = Vec::new();
-    for name in METHODS {
-        let mut push = |variant: &str, method: MethodConfig| {
-            rows.push((format!("{name} {variant}"), AdapterConfig::new(method)));
-        };
-        let method = MethodConfig::by_name(name).unwrap();
-        push("as it comes", method.clone());
-        let wrap: fn(Lora) -> MethodConfig = match method {
-            MethodConfig::Lora(_) => MethodConfig::Lora,
-            MethodConfig::Dora(_) => |lora| MethodConfig::Dora(Dora(lora)),
-            _ => continue,
-        };
-        let small = Lora { r: 3, alpha: 4.0, ..Lora::default() };
-        push("rslora", wrap(Lora { rslora: true, ..small.clone() }));
-        push("dropout", wrap(Lora { dropout: 0.4, ..small.clone() }));
-        for init in INITIALISATIONS {
-            push(init, wrap(Lora { init: Initialisation::by_name(init).unwrap(), rslora: true, ..small.clone() }));
-        }
-    }
+    let examples = MethodConfig::examples().into_iter();
+    let mut rows: Vec<_> = examples.map(|(name, method)| (name, AdapterConfig::new(method))).collect();
     let lora = || AdapterConfig::new(MethodConfig::Lora(Lora { r: 3, alpha: 4.0, ..Lora::default() }));
     let mut table = lora();
     table.targets.target_modules = Pattern::Endings(vec!["embed_tokens".into(), "up_proj".into()]);

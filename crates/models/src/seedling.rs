@@ -1,6 +1,6 @@
 //! The embedded default model: a small Llama with its own tokenizer, carried inside the binary.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use espalier_adapters::formats::{atomic, hash};
 
@@ -40,12 +40,20 @@ pub fn folder() -> Result<PathBuf> {
         std::fs::metadata(folder.join(name)).is_ok_and(|m| m.is_file() && m.len() == bytes.len() as u64)
     });
     if !whole {
-        atomic::replace_folder(&folder, |temp| -> Result<()> {
-            for (name, bytes) in FILES {
-                atomic::write(&temp.join(name), |out| out.write_all(bytes)).map_err(Error::from)?;
-            }
-            Ok(())
-        })?;
+        write(&folder)?;
     }
     Ok(folder)
+}
+
+/// Writes the model into `folder`, in place of what is there.
+///
+/// # Errors
+/// If the folder cannot be written.
+pub fn write(folder: &Path) -> Result<()> {
+    atomic::replace_folder(folder, |temp| -> Result<()> {
+        for (name, bytes) in FILES {
+            atomic::write(&temp.join(name), |out| out.write_all(bytes)).map_err(Error::from)?;
+        }
+        Ok(())
+    })
 }

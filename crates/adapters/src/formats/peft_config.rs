@@ -28,6 +28,9 @@ const INFORMATIVE: &[&str] = &[
     "transformers_version",
 ];
 
+/// `peft_type` of methods that PEFT lacks.
+const NATIVE: &str = "ESPALIER";
+
 /// Writes `config`; keys of the method come from the method itself. `trains_embedding`: something of the token table or the output
 /// head is trained, so that it matters whether the two stay tied.
 ///
@@ -39,7 +42,7 @@ pub fn to_json(config: &AdapterConfig, trains_embedding: bool) -> Result<Value> 
         None => {
             let mut keys = object(&config.method)?;
             keys.remove("method");
-            keys.insert("peft_type".into(), "ESPALIER".into());
+            keys.insert("peft_type".into(), NATIVE.into());
             keys.insert("espalier_method".into(), config.method.name().into());
             keys
         }
@@ -121,7 +124,12 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
 /// Reads a method that PEFT lacks from the layout of [`to_json`].
 fn native(name: &str, keys: &mut Map<String, Value>) -> Result<MethodConfig> {
     keys.remove("espalier_method");
-    keys.remove("peft_type");
+    if let Some(other) = keys.remove("peft_type").filter(|found| found != NATIVE) {
+        return Err(Error::config(
+            "peft_type",
+            format!("{other} beside espalier_method = \"{name}\", expected {NATIVE:?}"),
+        ));
+    }
     let mut fields = object(&MethodConfig::by_name(name)?)?;
     for (key, value) in &mut fields {
         if let Some(found) = keys.remove(key) {

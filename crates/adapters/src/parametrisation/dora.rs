@@ -45,6 +45,10 @@ impl Method for Dora {
         self.0.portable().map(|(lora, rank, alpha)| (Self(lora), rank, alpha))
     }
 
+    fn examples() -> Vec<(String, Self)> {
+        Lora::examples().into_iter().map(|(name, lora)| (name, Self(lora))).collect()
+    }
+
     fn to_peft(&self) -> Option<Map<String, Value>> {
         let mut keys = self.0.peft_keys();
         keys.insert("use_dora".into(), true.into());

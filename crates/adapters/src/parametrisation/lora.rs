@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::adapter::{Adapter, Init, Method, Site};
-use crate::initialisation::{Factors, Initialisation, Moved};
+use crate::initialisation::{Factors, Initialisation, Moved, INITIALISATIONS};
 use crate::low_rank::LowRankView;
 use crate::parameter::Role;
 use crate::{Error, Flow, ParameterMap, Result};
@@ -131,6 +131,20 @@ impl Method for Lora {
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<LoraLayer> {
         self.factors(site, init)
+    }
+
+    fn examples() -> Vec<(String, Self)> {
+        let small = Self { r: 3, alpha: 4.0, ..Self::default() };
+        let mut all = vec![
+            ("as it comes".to_owned(), Self::default()),
+            ("rslora".to_owned(), Self { rslora: true, ..small.clone() }),
+            ("dropout".to_owned(), Self { dropout: 0.4, ..small.clone() }),
+        ];
+        for name in INITIALISATIONS {
+            let start = Initialisation::by_name(name).ok();
+            all.extend(start.map(|init| ((*name).to_owned(), Self { init, rslora: true, ..small.clone() })));
+        }
+        all
     }
 
     fn rank_and_alpha(&self) -> (usize, f64) {

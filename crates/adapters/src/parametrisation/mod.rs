@@ -43,6 +43,15 @@ macro_rules! methods {
                 match self { $(Self::$config(method) => method.rank_and_alpha(),)* }
             }
 
+            /// Every method in each of its [`Method::examples`], by name.
+            pub fn examples() -> Vec<(String, Self)> {
+                let mut all = Vec::new();
+                $(for (name, method) in $module::$config::examples() {
+                    all.push((format!("{} {name}", $name), Self::$config(method)));
+                })*
+                all
+            }
+
             /// The method of portable parameters, with the factors on ranks and alphas.
             pub fn portable(&self) -> Option<(Self, usize, f64)> {
                 match self { $(Self::$config(method) => method.portable().map(|(m, r, a)| (Self::$config(m), r, a)),)* }

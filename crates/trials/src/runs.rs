@@ -1,0 +1,205 @@
+//! Runs to try: small recipes of every objective, and what a run leaves that must not depend on how it came about.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use espalier_adapters::MethodConfig;
+use espalier_adapters::formats::folder::WEIGHTS_FILE;
+use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_train::recipe::values::{DataList, DataSource};
+use espalier_train::run::metrics::{self, Record};
+use espalier_train::session::{self, SessionOptions, SessionOutcome};
+use espalier_train::trainer::Scope;
+use espalier_train::{Observer, Recipe, Run, checkpoint};
+
+use crate::root;
+
+/// Pre-tokenised rows of unequal lengths, made by a fixed formula, the first two labels masked.
+fn rows(count: usize, longest: usize) -> Result<String> {
+    let mut text = String::new();
+    for i in 0..count {
+        let length = 5 + (i * 7) % (longest - 4);
+        let ids: Vec<usize> = (0..length).map(|j| 3 + (i * 31 + j * j * 5 + j * 17) % 60).collect();
+        let labels: Vec<i64> = ids.iter().enumerate().map(|(j, id)| if j < 2 { -100 } else { *id as i64 }).collect();
+        writeln!(text, "{{\"input_ids\": {ids:?}, \"labels\": {labels:?}}}")?;
+    }
+    Ok(text)
+}
+
+/// Rows of text with one of two labels, and a tokenizer of their words in `folder`.
+fn labelled(folder: &Path, count: usize) -> Result<String> {
+    const WORDS: usize = 40;
+    let vocab: serde_json::Map<_, _> = (0..WORDS).map(|i| (format!("w{i}"), i.into())).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"},
+    });
+    std::fs::create_dir_all(folder)?;
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string())?;
+    let mut text = String::new();
+    for i in 0..count {
+        let words: Vec<String> =
+            (0..3 + i % 8).map(|j| format!("w{}", (i * 31 + j * j * 5 + j * 17) % WORDS)).collect();
+        writeln!(text, "{{\"text\": \"{}\", \"label\": {}}}", words.join(" "), i % 2)?;
+    }
+    Ok(text)
+}
+
+/// The embedded model in `folder`.
+fn seedling(folder: &Path) -> Result<String> {
+    let folder = folder.join("seedling");
+    espalier_models::seedling::write(&folder)?;
+    Ok(folder.display().to_string())
+}
+
+fn data(path: &Path) -> DataList {
+    DataList(vec![DataSource { path: path.display().to_string(), weight: None }])
+}
+
+/// The `[adapter]` table of a method.
+fn table(method: &MethodConfig) -> Result<toml::Table> {
+    Ok(toml::Table::try_from(method)?)
+}
+
+/// The example of a method called `wanted`.
+fn example(wanted: &str) -> Result<toml::Table> {
+    let found = MethodConfig::examples().into_iter().find(|(name, _)| name == wanted);
+    table(&found.with_context(|| format!("no example `{wanted}`"))?.1)
+}
+
+/// Recipes that save after every step, by name; their rows are written into `folder`.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn saving(folder: &Path) -> Result<Vec<(&'static str, Recipe)>> {
+    let (tokens, classes) = (folder.join("tokens.jsonl"), folder.join("classes.jsonl"));
+    let words = folder.join("words");
+    std::fs::write(&tokens, rows(14, 16)?)?;
+    std::fs::write(&classes, labelled(&words, 14)?)?;
+    let family = |name: &str| root().join("parity/golden/families").join(name).display().to_string();
+    let plain = Recipe {
+        model: family("llama_gqa_tied"),
+        device: "cpu".into(),
+        dtype: "f32".into(),
+        data: data(&tokens),
+        batch_size: 2,
+        shuffle: true,
+        seed: 11,
+        lr: 5e-3,
+        max_steps: Some(8),
+        save_every: 1,
+        keep_checkpoints: 2,
+        adapter: example("lora dropout")?,
+        ..Recipe::default()
+    };
+    let evaluated = Recipe { validation_split: 3.0, eval_every: 2, keep_checkpoints: 1, ..plain.clone() };
+    let packed =
+        Recipe { packing: true, max_length: 32, accumulation: 2, adapter: example("dora dropout")?, ..plain.clone() };
+    let classified = Recipe {
+        model: family("bert"),
+        tokenizer: Some(words.display().to_string()),
+        data: data(&classes),
+        ..plain.clone()
+    };
+    Ok(vec![
+        ("next tokens", plain),
+        ("next tokens, evaluated", evaluated),
+        ("packed, accumulated", packed),
+        ("classes", classified),
+    ])
+}
+
+/// Recipes whose bits must not depend on threads, by name: every method in each of its examples. A run is a few steps of
+/// the embedded model, large enough for its products to be shared out.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn of_methods(folder: &Path) -> Result<Vec<(String, Recipe)>> {
+    let tokens = folder.join("tokens.jsonl");
+    std::fs::write(&tokens, rows(16, 64)?)?;
+    let model = seedling(folder)?;
+    let recipe = |method: &MethodConfig| -> Result<Recipe> {
+        Ok(Recipe {
+            model: model.clone(),
+            device: "cpu".into(),
+            dtype: "f32".into(),
+            data: data(&tokens),
+            batch_size: 2,
+            accumulation: 2,
+            lr: 1e-3,
+            max_steps: Some(2),
+            adapter: table(method)?,
+            ..Recipe::default()
+        })
+    };
+    MethodConfig::examples().into_iter().map(|(name, method)| Ok((name, recipe(&method)?))).collect()
+}
+
+/// Runs a recipe in its folder.
+///
+/// # Errors
+/// Those of the run.
+pub fn session(recipe: &Recipe, resume: bool, observer: &mut dyn Observer) -> espalier_train::Result<SessionOutcome> {
+    let mut run = Run::prepare(recipe.clone())?;
+    let plan = run.plan(0)?;
+    let options = SessionOptions { scope: Scope::Adapter, resume, overwrite: false, command: "trial".to_owned() };
+    session::run(&mut run, &plan, &options, observer, &AtomicBool::new(false))
+}
+
+/// What a run leaves, times and memory aside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trace {
+    adapter: Vec<u8>,
+    /// Step, whether it is an evaluation, bits of the loss and of the gradient's norm.
+    records: Vec<(u64, bool, u64, u64)>,
+}
+
+impl Trace {
+    /// Reads the folder of a finished run.
+    ///
+    /// # Errors
+    /// If a file is missing or malformed.
+    pub fn of(out: &Path) -> Result<Self> {
+        let adapter = std::fs::read(out.join("adapter").join(WEIGHTS_FILE))?;
+        let records = metrics::read(out.join("metrics.jsonl"))?
+            .into_iter()
+            .map(|record| match record {
+                Record::Step(r) => (r.step, false, r.loss.to_bits(), r.grad_norm.unwrap_or(f64::NAN).to_bits()),
+                Record::Eval(r) => (r.step, true, r.eval_loss.to_bits(), r.eval_tokens),
+            })
+            .collect();
+        Ok(Self { adapter, records })
+    }
+}
+
+/// What is wrong with the checkpoints of a run that ended somewhere: each that is listed must be whole.
+pub fn torn(out: &Path) -> Vec<String> {
+    let whole = |step: usize, path: &PathBuf| -> Result<()> {
+        let state = checkpoint::read_state(path)?;
+        anyhow::ensure!(state.step == step, "is of step {}", state.step);
+        for file in std::fs::read_dir(path)? {
+            let file = file?.path();
+            if file.extension().is_some_and(|e| e == "safetensors") {
+                MappedFile::open(&file)?.load_all(&Device::Cpu)?;
+            }
+        }
+        Ok(())
+    };
+    let listed = checkpoint::list(&out.join("checkpoints"));
+    listed.iter().filter_map(|(step, path)| whole(*step, path).err().map(|e| format!("step {step}: {e:#}"))).collect()
+}
+
+/// Names of the temporary files and folders of a run that ended.
+pub fn leftovers(out: &Path) -> Vec<String> {
+    [out.to_owned(), out.join("checkpoints"), out.join("adapter")]
+        .iter()
+        .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with('.'))
+        .collect()
+}

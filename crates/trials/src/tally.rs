@@ -1,0 +1,68 @@
+//! Counting attempts: the worst figure and where it was, and what failed.
+
+use std::collections::BTreeMap;
+
+/// Most failures that are named.
+const NAMED: usize = 20;
+
+/// What a trial found so far.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Attempts.
+    pub trials: u64,
+    /// The figure: failures counted, or the worst value.
+    pub measured: f64,
+    /// Where the worst value was.
+    pub worst: Option<String>,
+    /// What did not hold, the first of it.
+    pub failures: Vec<String>,
+    /// What was tried how often, by name.
+    pub counts: BTreeMap<String, u64>,
+}
+
+impl Tally {
+    /// One attempt at something that holds or does not; the figure is the number of those that did not.
+    pub fn held(&mut self, subject: impl Into<String>, held: bool) {
+        self.trials += 1;
+        if !held {
+            self.measured += 1.0;
+            self.name(subject.into());
+        }
+    }
+
+    /// One attempt that gave `value`, at least 0; the figure is the worst one. One that is no number is worse than any.
+    pub fn value(&mut self, subject: impl Into<String>, value: f64) {
+        self.trials += 1;
+        let value = if value >= 0.0 { value } else { f64::INFINITY };
+        if value > self.measured || self.worst.is_none() {
+            self.measured = value;
+            self.worst = Some(subject.into());
+        }
+    }
+
+    /// Counts something by its name, beside the figure.
+    pub fn count(&mut self, name: impl Into<String>) {
+        *self.counts.entry(name.into()).or_default() += 1;
+    }
+
+    /// Names something that failed.
+    pub fn name(&mut self, failure: String) {
+        if self.failures.len() < NAMED {
+            self.failures.push(failure);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_is_worse_than_any() {
+        for order in [[1.0, f64::NAN, 2.0], [f64::NAN, 1.0, 2.0], [2.0, 1.0, f64::NAN]] {
+            let mut tally = Tally::default();
+            order.into_iter().for_each(|v| tally.value(format!("{v}"), v));
+            assert_eq!((tally.trials, tally.measured, tally.worst.as_deref()), (3, f64::INFINITY, Some("NaN")));
+        }
+    }
+}
