@@ -45,7 +45,7 @@ struct Item {
     }
 };
 
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// By one warp, a phase early: what the block's items will read and no phase of this step writes, since its way is long while
 /// weights are in the queue.

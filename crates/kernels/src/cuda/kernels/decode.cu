@@ -19,7 +19,7 @@ constexpr int BATCH = 4;
 /// Bytes of barriers.
 constexpr int ROOM = 1024;
 
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// Values of a row of a stage, which eight threads of a load meet in no bank twice, and of a stage.
 constexpr int STRIDE = COLUMNS + 32, STAGE = 8 * STRIDE;

@@ -4,7 +4,7 @@
 // Source: PTX ISA 8.x, sections mbarrier, cp.async.bulk and the memory consistency model
 #pragma once
 #include "eight.cuh"
-#include <cstdint>
+#include "hopper.cuh"
 
 /// Phases of a step. All blocks end one before any begins the next.
 enum Work { ENTER, PRODUCT, ATTEND, BEST };
@@ -98,34 +98,7 @@ __device__ __forceinline__ float sum_warp(float v) {
     return v;
 }
 
-#if __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ unsigned shared_address(const void *p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
-__device__ __forceinline__ void barrier_init(uint64_t *barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-/// Announces `bytes` that copies will bring, and arrives.
-__device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-/// Waits until the phase of that parity is over.
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
-    int done = 0;
-    while (!done) {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}\n"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
-    }
-}
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// Brings bytes into shared memory, in the background.
 __device__ __forceinline__ void copy_bytes(void *to, const void *from, int bytes, uint64_t *barrier, uint64_t policy) {
@@ -147,22 +120,9 @@ __device__ __forceinline__ void add_four(float *to, float4 v) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-/// Waits for `threads` threads at barrier `id`.
-__device__ __forceinline__ void meet(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 /// Tells those at barrier `id`, and goes on.
 __device__ __forceinline__ void meet_later(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-template <int REGISTERS> __device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-template <int REGISTERS> __device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
 /// By one thread, after the others of its block: waits until `blocks` blocks have come here.
