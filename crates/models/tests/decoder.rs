@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use common::{difference, golden, load};
 use espalier_adapters::attach::{Attached, Origin, attach};
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, MethodConfig, random};
@@ -81,6 +81,17 @@ fn agrees(what: &str, model: &Model, (rows, prompt): (usize, usize), flow: &Flow
         input.positions =
             (0..rows).map(|row| (prompt + step - if rows > 1 { 3 * (row % 2) } else { 0 }) as u32).collect();
         let want = model.advance(&input, &mut cache, flow).unwrap();
+        if step % 3 == 2 {
+            // What a step chooses is the first of the best: the same, but for what rounding leaves equal.
+            let chosen = decoder.step_greedy(Some(&next)).unwrap();
+            let scores = want.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+            for (scores, id) in scores.iter().zip(chosen) {
+                let best = scores.iter().copied().fold(f32::MIN, f32::max);
+                let close = (tolerance as f32) * scores.iter().fold(0f32, |top, s| top.max(s.abs()));
+                assert!(scores[id as usize] >= best - 2.0 * close, "{what}, step {step}: {id}");
+            }
+            continue;
+        }
         let got = decoder.step(&next).unwrap();
         let size = want.abs().unwrap().max_all().unwrap().to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap();
         let off = difference(&got, &want) / size;
@@ -158,8 +169,7 @@ fn each_row_goes_through_its_own_adapter() {
     input.positions = vec![prompt as u32; 2];
     let want = model.advance(&input, &mut cache, &Flow::by_row(vec![chosen[4], chosen[2]])).unwrap();
     assert!(difference(&decoder.step(&[8, 9]).unwrap(), &want) < 1e-5);
-    let best = want.argmax(D::Minus1).unwrap().to_vec1::<u32>().unwrap();
-    assert_eq!(best.len(), decoder.rows());
+    assert_eq!(decoder.rows(), 2);
     assert!(decoder.keep_rows(&[2]).is_err());
 
     let message =
@@ -167,6 +177,24 @@ fn each_row_goes_through_its_own_adapter() {
     assert!(message(&Flow::eval()).contains("no sequence says which"), "{}", message(&Flow::eval()));
     assert!(message(&Flow::by_row(vec![0, 9])).contains("adapter 9 of 4"));
     assert!(message(&Flow::by_row(vec![0, 1, 2])).contains("3 sequences"));
+}
+
+#[test]
+fn scores_that_are_no_numbers_choose_nothing() {
+    let mut model = random_model(DType::F32);
+    let attached = adapter(&mut model, "lora", 1);
+    let parameter = attached.parameters.trainable().find(|p| p.name.contains("lora_B")).unwrap();
+    let infinite = Tensor::full(f32::INFINITY, parameter.tensor.shape(), &Device::Cpu).unwrap();
+    parameter.var().unwrap().set(&infinite).unwrap();
+    let mut set = AdapterSet::new();
+    set.add("a", attached).unwrap();
+    set.activate_by_row(&mut model, &[Some("a"), None]).unwrap();
+    let flow = Flow::by_row(vec![0, 1]);
+    let cache = prompted(&model, &tokens(14, VOCAB), (2, 7), &flow);
+    let mut decoder = model.decoder(&cache, 10, &flow).unwrap().unwrap();
+    let chosen = decoder.step_greedy(Some(&[1, 2])).unwrap();
+    assert_eq!(chosen[0], u32::MAX);
+    assert!((chosen[1] as usize) < VOCAB, "a row beside one without numbers is as it was");
 }
 
 #[test]

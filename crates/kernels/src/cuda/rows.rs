@@ -92,7 +92,7 @@ pub(crate) fn affine(
 }
 
 /// Gains of columns.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Gains {
     /// Address of the values, f32.
     pub(crate) values: u64,

@@ -64,7 +64,7 @@ pub struct Projection {
 
 impl Projection {
     /// Whether the gain is over norms that must be computed first: done by the references, and on CUDA devices.
-    fn needs_norms(&self) -> bool {
+    pub(crate) fn needs_norms(&self) -> bool {
         self.low_rank.as_ref().is_some_and(|l| matches!(l.gain, Some(Gain::OverNorm { .. })))
     }
 

@@ -7,7 +7,7 @@ use crate::activation::{Activation, cpu as act};
 use crate::frozen::FrozenWeight;
 use crate::norm::cpu::Normaliser;
 use crate::parallel;
-use crate::part::{AttentionPart, PartNorm};
+use crate::part::{AttentionPart, PartNorm, Projection};
 use crate::vector::{axpy, exp_in_place, max, scale};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use product::Product;
@@ -63,7 +63,7 @@ fn flat(parameters: &Option<Tensor>) -> Result<Vec<f32>> {
 }
 
 impl Block {
-    /// None where a set of adapters changes more than the factors beside the weights.
+    /// None where a set of adapters changes more than the factors beside the weights, or its gains must be computed first.
     fn new(sets: &[&DecoderBlock], (m, capacity): (usize, usize)) -> Result<Option<Self>> {
         let (a, f) = (&sets[0].attention, &sets[0].feed_forward);
         let same = |x: &FrozenWeight, y: &FrozenWeight| std::ptr::eq(x, y);
@@ -73,6 +73,14 @@ impl Block {
             maps.map(|p| p.weight.clone()).collect::<Vec<_>>()
         };
         let own = weights(sets[0]);
+        let over_norms = |b: &&DecoderBlock| {
+            let (a, f) = (&b.attention, &b.feed_forward);
+            let maps = a.inputs.iter().chain([&a.output]).chain(&f.inputs).chain([&f.output]);
+            maps.into_iter().any(Projection::needs_norms)
+        };
+        if sets.iter().any(over_norms) {
+            return Ok(None);
+        }
         if !sets.iter().all(|set| weights(set).iter().zip(&own).all(|(x, y)| same(x, y))) || !a.spec.causal {
             return Ok(None);
         }
@@ -160,8 +168,16 @@ impl Steps {
         let (_, h) = plan.table.dims2()?;
         let (rows, half) = plan.rotary.0.dims2()?;
         let head = Product::plain(&plan.head);
-        if head.d_in() != h || blocks[0].qkv.d_in() != h || rows < plan.capacity || length > plan.capacity {
-            bail!("decoder: a table {:?}, a head of {}, {rows} rotations", plan.table.dims(), head.d_in())
+        let turned = rows >= plan.capacity
+            && plan.rotary.1.dims() == plan.rotary.0.dims()
+            && blocks.iter().all(|b| 2 * half <= b.part.head_dim);
+        if head.d_in() != h || blocks[0].qkv.d_in() != h || !turned || length > plan.capacity {
+            bail!(
+                "decoder: a table {:?}, a head of {}, rotations [{rows}, {half}], {length} of {} places",
+                plan.table.dims(),
+                head.d_in(),
+                plan.capacity
+            )
         }
         Ok(Some(Self {
             blocks,
