@@ -42,3 +42,11 @@ pub(crate) fn fails(code: i32, args: &[&str]) -> String {
 pub(crate) fn text(path: &Path) -> String {
     path.display().to_string()
 }
+
+/// The report of `adapter check`, which must end with `code`.
+pub(crate) fn check(code: i32, args: &[&str]) -> serde_json::Value {
+    let out = run(&[&["adapter", "check"], args, &["--json"]].concat());
+    let said = String::from_utf8(out.stdout).unwrap();
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {said}\n{}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_str(said.lines().last().unwrap_or("null")).unwrap_or_default()
+}
