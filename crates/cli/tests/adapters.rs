@@ -1,5 +1,5 @@
 //! `adapter check` on good and bad adapters, and files of loralib.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod common;
 
