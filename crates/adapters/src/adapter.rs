@@ -1,15 +1,18 @@
 //! The one abstraction: how a frozen linear map is adapted, and how a method makes such an adapter.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_core::{Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::by_row::ByRow;
+use crate::formats::peft_config::{self, PeftNames};
+pub use crate::init::{Init, Shared, Source};
 use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
-use crate::{Error, Flow, Result, random};
+use crate::{Error, Flow, Result};
 
 /// How one frozen linear map is adapted. One implementation per file under `parametrisation/` or `routing/`.
 pub trait Adapter: Send + Sync + std::fmt::Debug {
@@ -52,7 +55,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// If a derived gain cannot be computed.
-    fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView<'_>>> {
+    fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {
         let _ = base;
         Ok(None)
     }
@@ -77,10 +80,13 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     }
 }
 
-/// Makes the layers of one method: one implementation per file.
-pub trait Method {
+/// Makes the layers of one method: one implementation per file. Its settings are its fields, in recipes and in files.
+pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// What acts at one site.
     type Layer: Adapter + 'static;
+
+    /// What PEFT calls the method and its settings; None where PEFT lacks it.
+    const PEFT: Option<PeftNames> = None;
 
     /// Makes the layer for `site`; every tensor comes from `init`, which draws it (a new adapter) or takes it from a file
     /// (a saved one), so that one code path serves both.
@@ -90,36 +96,42 @@ pub trait Method {
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<Self::Layer>;
 
     /// Rank and scaling numerator of this method before patterns: (r, alpha). Methods without a rank return (0, 0).
-    fn rank_and_alpha(&self) -> (usize, f64);
+    fn rank_and_alpha(&self) -> (usize, f64) {
+        (0, 0.0)
+    }
 
     /// The method that [`Adapter::portable`] parameters belong to, with the factors on ranks and alphas; None where saved
     /// parameters need no changed base anyway.
-    fn portable(&self) -> Option<(Self, usize, f64)>
-    where
-        Self: Sized,
-    {
+    fn portable(&self) -> Option<(Self, usize, f64)> {
         None
     }
 
     /// Settings to try the method with, by name: at least as it comes, and one of each way in which it can be set up. What is
     /// promised of every method is tried with each of them.
-    fn examples() -> Vec<(String, Self)>
-    where
-        Self: Sized + Default,
-    {
+    fn examples() -> Vec<(String, Self)> {
         vec![("as it comes".to_owned(), Self::default())]
     }
 
+    /// Whether an adapter so set up changes nothing before it is trained.
+    fn starts_at_base(&self) -> bool {
+        true
+    }
+
     /// The method's settings as keys of PEFT's `adapter_config.json`, with `peft_type`; None where PEFT lacks it.
-    fn to_peft(&self) -> Option<serde_json::Map<String, serde_json::Value>>;
+    fn to_peft(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        Self::PEFT.and_then(|names| peft_config::settings_to_keys(self, &names))
+    }
 
     /// Reads the method from PEFT's keys, removing those it used; None if the file is of another method.
     ///
     /// # Errors
     /// If a key has a value this method does not know.
-    fn from_peft(keys: &mut serde_json::Map<String, serde_json::Value>) -> Result<Option<Self>>
-    where
-        Self: Sized;
+    fn from_peft(keys: &mut serde_json::Map<String, serde_json::Value>) -> Result<Option<Self>> {
+        match Self::PEFT {
+            Some(names) => peft_config::settings_from_keys(keys, &names),
+            None => Ok(None),
+        }
+    }
 }
 
 /// Where a layer is made: one frozen map and the rank that placement gave it.
@@ -143,89 +155,46 @@ pub struct Site {
     pub device: Device,
 }
 
-/// Where the tensors of a layer come from.
-#[derive(Debug)]
-pub enum Source<'a> {
-    /// Drawn: the seed of the run.
-    Fresh(u64),
-    /// Taken from a file: tensors by full name; what was taken is removed, what was missed is noted.
-    File {
-        /// Tensors left in the file.
-        tensors: &'a mut BTreeMap<String, Tensor>,
-        /// Names asked for but not there.
-        missing: &'a mut Vec<String>,
-    },
-}
+/// Ranks above this are typing errors, and their factors would not fit into memory.
+const MAX_RANK: usize = 1 << 16;
 
-/// Hands out the tensors of layers.
-#[derive(Debug)]
-pub struct Init<'a> {
-    /// Origin of the values.
-    pub source: Source<'a>,
-    /// Path of the module the next tensors belong to.
-    pub path: String,
-    /// Dtype of trainable parameters (f32; f64 in gradient checks).
-    pub dtype: DType,
-    /// Device of trainable parameters.
-    pub device: Device,
-}
-
-impl Init<'_> {
-    /// Whether values are drawn (a new adapter).
-    pub fn is_fresh(&self) -> bool {
-        matches!(self.source, Source::Fresh(_))
-    }
-
-    /// A trainable tensor: from the file, else `draw` of the module's stream.
+impl Site {
+    /// The rank.
     ///
     /// # Errors
-    /// If the file's tensor has another shape or the draw fails.
-    pub fn trainable(
-        &mut self,
-        name: &str,
-        shape: impl Into<Shape>,
-        draw: impl FnOnce(&mut rand_chacha::ChaCha8Rng, &Shape, &Device) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let shape = shape.into();
-        let full = format!("{}.{name}", self.path);
-        let values = match &mut self.source {
-            Source::Fresh(seed) => {
-                let mut rng = random::stream(*seed, &full);
-                draw(&mut rng, &shape, &self.device)?
+    /// If it is 0, or so large that it is a typing error.
+    pub fn checked_rank(&self) -> Result<usize> {
+        match self.rank {
+            0 => Err(Error::config("r", format!("{}: the rank must be at least 1", self.path))),
+            rank if rank > MAX_RANK => {
+                Err(Error::config("r", format!("{}: rank {rank} is above {MAX_RANK}", self.path)))
             }
-            Source::File { tensors, missing } => match tensors.remove(&full) {
-                Some(found) if found.shape() == &shape => found,
-                Some(found) => {
-                    return Err(Error::Shape {
-                        tensor: full,
-                        expected: shape.dims().to_vec(),
-                        found: found.dims().to_vec(),
-                    });
-                }
-                // The file will be refused; until then one zero stands for all values, however many were asked for.
-                None => {
-                    missing.push(full);
-                    return Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(&shape)?);
-                }
-            },
-        };
-        let values = values.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
-        Ok(Var::from_tensor(&values)?.as_tensor().clone())
+            rank => Ok(rank),
+        }
     }
 
-    /// A trainable tensor that starts at zero.
+    /// Refuses an embedding, for a method called `name` that acts on products alone.
     ///
     /// # Errors
-    /// As [`Self::trainable`].
-    pub fn zeros(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Tensor> {
-        self.trainable(name, shape, |_, shape, device| Ok(Tensor::zeros(shape, DType::F32, device)?))
+    /// If the site looks up rows.
+    pub fn refuse_lookup(&self, name: &str) -> Result<()> {
+        if self.lookup {
+            return Err(Error::unsupported(
+                format!("{name} on {}", self.path),
+                "it acts on the inputs or outputs of a product, not on looked-up rows; use lora for embeddings",
+            ));
+        }
+        Ok(())
     }
+}
 
-    /// A trainable tensor that starts as a copy of `values`.
-    ///
-    /// # Errors
-    /// As [`Self::trainable`].
-    pub fn copy_of(&mut self, name: &str, values: &Tensor) -> Result<Tensor> {
-        self.trainable(name, values.shape(), |_, _, _| Ok(values.detach()))
+/// A probability of dropping inputs.
+///
+/// # Errors
+/// If it is none below 1.
+pub fn checked_dropout(dropout: f64) -> Result<f64> {
+    if (0.0..1.0).contains(&dropout) {
+        return Ok(dropout);
     }
+    Err(Error::config("dropout", format!("{dropout} is not a probability below 1")))
 }

@@ -69,6 +69,8 @@ pub const CLASSIFIER_NAMES: [&str; 2] = ["classifier", "score"];
 /// What a walk over the model finds out before layers are made.
 struct Survey {
     candidates: Vec<Candidate>,
+    /// (d_out, d_in) of every candidate by path.
+    widths: BTreeMap<String, (usize, usize)>,
     embeddings: Vec<String>,
     /// Token table and output head of a model where they are one.
     tied: Option<(String, String)>,
@@ -77,15 +79,17 @@ struct Survey {
 fn survey(host: &mut dyn Host) -> Result<Survey> {
     let heads = host.head_paths();
     let tied = host.tied_table().zip(heads.first().cloned());
-    let mut survey = Survey { candidates: Vec::new(), embeddings: Vec::new(), tied };
+    let mut survey = Survey { candidates: Vec::new(), widths: BTreeMap::new(), embeddings: Vec::new(), tied };
     host.walk(&mut |module| {
         let path = module.path().to_owned();
         match module {
-            ModuleMut::Linear(_) => {
+            ModuleMut::Linear(linear) => {
+                survey.widths.insert(path.clone(), (linear.base().d_out(), linear.base().d_in()));
                 let head = heads.iter().any(|h| path == *h || path.starts_with(&format!("{h}.")));
                 survey.candidates.push(Candidate { path, linear: true, head });
             }
-            ModuleMut::Embedding(_) => {
+            ModuleMut::Embedding(embedding) => {
+                survey.widths.insert(path.clone(), (embedding.base().d_out(), embedding.base().d_in()));
                 survey.embeddings.push(path.clone());
                 survey.candidates.push(Candidate { path, linear: false, head: false });
             }
@@ -152,6 +156,13 @@ pub fn attach(
 ) -> Result<Attached> {
     let survey = survey(host)?;
     let (rank, alpha) = config.method.rank_and_alpha();
+    let patterns = [
+        ("rank_pattern", "rank", rank == 0 && !config.targets.rank_pattern.is_empty()),
+        ("alpha_pattern", "alpha", alpha == 0.0 && !config.targets.alpha_pattern.is_empty()),
+    ];
+    if let Some((key, what, _)) = patterns.iter().find(|(.., idle)| *idle) {
+        return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
+    }
     let mut placement = config.targets.place(&survey.candidates, rank, alpha)?;
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
     let rows_wanted = token_rows(config, &survey.embeddings)?;
@@ -164,7 +175,9 @@ pub fn attach(
         None => Source::Fresh(seed),
         Some(_) => Source::File { tensors: &mut tensors, missing: &mut missing },
     };
-    let mut init = Init { source, path: String::new(), dtype, device: device.clone() };
+    let at_site = |(path, _): &(&String, &(usize, usize))| placed.contains_key(path.as_str());
+    let widest = survey.widths.iter().filter(at_site).fold((0, 0), |w, (_, d)| (w.0.max(d.0), w.1.max(d.1)));
+    let mut init = Init::new(source, dtype, device, widest);
     let mut build = Builder {
         config,
         layers: BTreeMap::new(),
@@ -264,7 +277,8 @@ pub fn attach(
             near_misses: near_misses(pattern, survey.candidates.iter().map(|c| c.path.clone())),
         });
     }
-    let Builder { layers, dense, rows, parameters, whole, .. } = build;
+    let Builder { layers, dense, rows, mut parameters, whole, .. } = build;
+    parameters.extend(init.shared_parameters());
     placement.sites.retain(|site| !whole.contains(&site.path));
     if let Some(path) = file
         && !(missing.is_empty() && tensors.is_empty())

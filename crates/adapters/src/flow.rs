@@ -36,6 +36,14 @@ impl Flow {
         Self { train: true, random_key: random::mix(&[seed, step, part]), rows: None }
     }
 
+    /// `x` after dropout, where there is any: None in evaluation or at `p = 0`, so that fused products may be taken.
+    ///
+    /// # Errors
+    /// As [`Self::dropout`].
+    pub fn dropped(&self, x: &Tensor, p: f64, name: &str) -> Result<Option<Tensor>> {
+        (self.train && p > 0.0).then(|| self.dropout(x, p, name)).transpose()
+    }
+
     /// Inverted dropout of `x` with probability `p`, from the stream of `name`. Identity in evaluation or at `p = 0`.
     ///
     /// # Errors

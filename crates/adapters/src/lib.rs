@@ -18,6 +18,7 @@ mod embedding;
 pub mod error;
 pub mod flow;
 pub mod formats;
+mod init;
 pub mod initialisation;
 pub mod low_rank;
 pub mod module;

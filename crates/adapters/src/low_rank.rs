@@ -16,13 +16,13 @@ use crate::Result;
 
 /// Factors g `[d_out]` per output.
 #[derive(Debug, Clone)]
-pub enum Gain<'a> {
+pub enum Gain {
     /// These values.
     Values(Tensor),
     /// A magnitude `[d_out]` over the norm of each row of W' + s B A, which has no gradient (DoRA).
     OverNorm {
         /// The magnitude.
-        magnitude: &'a Tensor,
+        magnitude: Tensor,
         /// |W'|^2 by row `[d_out]`, W' the residual where there is one.
         square: Tensor,
     },
@@ -30,46 +30,51 @@ pub enum Gain<'a> {
 
 /// A method's change written as scale, B, A and gains, so that fused kernels and merging need to know no method.
 #[derive(Debug, Clone)]
-pub struct LowRankView<'a> {
+pub struct LowRankView {
     /// A [R, d_in].
-    pub a: &'a Tensor,
+    pub a: Tensor,
     /// B [d_out, R].
-    pub b: &'a Tensor,
+    pub b: Tensor,
     /// Factor s on the whole product.
     pub scale: f64,
     /// Factors c `[R]` per rank.
-    pub rank_scale: Option<&'a Tensor>,
+    pub rank_scale: Option<Tensor>,
     /// Factors g `[d_out]` per output, on base and product alike.
-    pub gain: Option<Gain<'a>>,
+    pub gain: Option<Gain>,
     /// A frozen weight used in place of the base (initialisations that move a part of the base into the adapter).
-    pub residual: Option<&'a Arc<FrozenWeight>>,
+    pub residual: Option<Arc<FrozenWeight>>,
 }
 
-impl<'a> LowRankView<'a> {
-    /// scale * B A.
-    pub fn new(a: &'a Tensor, b: &'a Tensor, scale: f64) -> Self {
-        Self { a, b, scale, rank_scale: None, gain: None, residual: None }
+impl LowRankView {
+    /// scale * B A, from trained tensors or from what was made of them on the tape.
+    pub fn new(a: &Tensor, b: &Tensor, scale: f64) -> Self {
+        Self { a: a.clone(), b: b.clone(), scale, rank_scale: None, gain: None, residual: None }
     }
 
     /// With factors per rank.
     #[must_use]
-    pub fn rank_scale(mut self, scale: &'a Tensor) -> Self {
-        self.rank_scale = Some(scale);
+    pub fn rank_scale(mut self, scale: &Tensor) -> Self {
+        self.rank_scale = Some(scale.clone());
         self
     }
 
     /// With factors per output.
     #[must_use]
-    pub fn gain(mut self, gain: Gain<'a>) -> Self {
+    pub fn gain(mut self, gain: Gain) -> Self {
         self.gain = Some(gain);
         self
     }
 
     /// With another frozen weight in place of the base.
     #[must_use]
-    pub fn residual(mut self, weight: Option<&'a Arc<FrozenWeight>>) -> Self {
-        self.residual = weight;
+    pub fn residual(mut self, weight: Option<&Arc<FrozenWeight>>) -> Self {
+        self.residual = weight.cloned();
         self
+    }
+
+    /// The frozen weight that the product is added to: the residual where there is one, else `base`.
+    pub fn start<'a>(&'a self, base: &'a Arc<FrozenWeight>) -> &'a Arc<FrozenWeight> {
+        self.residual.as_ref().unwrap_or(base)
     }
 
     /// The values of the gain, where there is one.
@@ -81,7 +86,7 @@ impl<'a> LowRankView<'a> {
             None => None,
             Some(Gain::Values(values)) => Some(values.clone()),
             Some(Gain::OverNorm { magnitude, square }) => {
-                let norm = self.row_norms(self.residual.unwrap_or(base), square)?;
+                let norm = self.row_norms(self.start(base), square)?;
                 Some(magnitude.div(&norm.to_dtype(magnitude.dtype())?)?)
             }
         })
@@ -111,7 +116,7 @@ impl<'a> LowRankView<'a> {
         let x = x.to_dtype(self.a.dtype())?;
         let (rows, shape) = flatten(&x)?;
         let mut inner = rows.matmul(&self.a.t()?)?;
-        if let Some(c) = self.rank_scale {
+        if let Some(c) = &self.rank_scale {
             inner = inner.broadcast_mul(c)?;
         }
         if self.scale != 1.0 {
@@ -127,7 +132,7 @@ impl<'a> LowRankView<'a> {
     /// If an id is outside A.
     pub fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
         let inner = self.a.t()?.contiguous()?.index_select(ids, 0)?;
-        let inner = match self.rank_scale {
+        let inner = match &self.rank_scale {
             Some(c) => inner.broadcast_mul(c)?,
             None => inner,
         };
@@ -140,9 +145,9 @@ impl<'a> LowRankView<'a> {
     /// # Errors
     /// If shapes do not fit.
     pub fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, dropped: Option<&Tensor>) -> Result<Tensor> {
-        let base = self.residual.unwrap_or(base);
-        let sum = match (dropped, self.rank_scale) {
-            (None, None) => low_rank_linear(base, x, self.a, self.b, self.scale)?,
+        let base = self.start(base);
+        let sum = match (dropped, &self.rank_scale) {
+            (None, None) => low_rank_linear(base, x, &self.a, &self.b, self.scale)?,
             (dropped, _) => {
                 let y = base.forward(x)?;
                 (y.to_dtype(self.a.dtype())? + self.product(dropped.unwrap_or(x))?)?
@@ -162,7 +167,7 @@ impl<'a> LowRankView<'a> {
     pub fn dense_product(&self, dtype: DType) -> Result<Tensor> {
         let a = self.a.detach().to_dtype(dtype)?;
         let b = self.b.detach().to_dtype(dtype)?;
-        let b = match self.rank_scale {
+        let b = match &self.rank_scale {
             Some(c) => b.broadcast_mul(&c.detach().to_dtype(dtype)?)?,
             None => b,
         };
@@ -179,7 +184,7 @@ impl<'a> LowRankView<'a> {
             return Ok(product);
         }
         let original = base.dequantize(DType::F32)?;
-        let start = match self.residual {
+        let start = match &self.residual {
             Some(residual) => residual.dequantize(DType::F32)?,
             None => original.clone(),
         };

@@ -125,15 +125,15 @@ impl Linear {
             return Ok(None);
         }
         let Some(view) = adapter.low_rank(&self.base)? else { return Ok(None) };
-        let a = match view.rank_scale {
+        let a = match &view.rank_scale {
             Some(scale) => view.a.broadcast_mul(&scale.unsqueeze(1)?)?,
             None => view.a.clone(),
         };
-        let weight = view.residual.unwrap_or(&self.base).clone();
+        let weight = view.start(&self.base).clone();
         // A device computes the norms of a group beside its products.
         let (gain, values) = match &view.gain {
             Some(Gain::OverNorm { magnitude, square }) if weight.is_bf16_on_device() => {
-                (Some(part::Gain::OverNorm { square: square.clone() }), Some((*magnitude).clone()))
+                (Some(part::Gain::OverNorm { square: square.clone() }), Some(magnitude.clone()))
             }
             _ => {
                 let values = view.gains(&self.base)?;

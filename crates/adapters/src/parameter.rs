@@ -64,6 +64,11 @@ impl ParameterMap {
         self.0.extend(other.0.into_iter().map(|p| Parameter { name: format!("{prefix}.{}", p.name), ..p }));
     }
 
+    /// Adds all of `other` under their own names.
+    pub fn extend(&mut self, other: ParameterMap) {
+        self.0.extend(other.0);
+    }
+
     /// All parameters in order.
     pub fn iter(&self) -> impl Iterator<Item = &Parameter> {
         self.0.iter()

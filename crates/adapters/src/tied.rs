@@ -97,12 +97,12 @@ impl TiedHead {
         }
         let hidden = hidden.to_dtype(view.b.dtype())?;
         let hidden = flow.dropout(&hidden, adapter.dropout(), &format!("{} (head)", table.path()))?;
-        let inner = hidden.matmul(view.b)?;
-        let inner = match view.rank_scale {
+        let inner = hidden.matmul(&view.b)?;
+        let inner = match &view.rank_scale {
             Some(scale) => inner.broadcast_mul(scale)?,
             None => inner,
         };
-        Ok((inner * view.scale)?.matmul(view.a)?)
+        Ok((inner * view.scale)?.matmul(&view.a)?)
     }
 
     /// The head [vocabulary, width] with everything that acts on it written in, in the table's dtype.

@@ -21,6 +21,8 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const BASE_HASH_KEY: &str = "espalier.base_hash";
 
 const PREFIX: &str = "base_model.model.";
+/// Prefix of tensors that belong to no module: those that all sites share.
+const SHARED_PREFIX: &str = "base_model.";
 
 /// What an adapter folder says before it meets a model.
 #[derive(Debug)]
@@ -103,7 +105,9 @@ pub(super) fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()
 
 /// The model's own name of a tensor in a file.
 pub(super) fn name_of(key: &str) -> Option<String> {
-    let name = key.strip_prefix(PREFIX)?;
+    let Some(name) = key.strip_prefix(PREFIX) else {
+        return key.strip_prefix(SHARED_PREFIX).filter(|name| !name.contains('.')).map(str::to_owned);
+    };
     let name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".").replace(".token_adapter.", ".");
     Some(match name.strip_suffix(".lora_magnitude_vector.weight") {
         Some(head) => format!("{head}.lora_magnitude_vector"),
@@ -113,7 +117,7 @@ pub(super) fn name_of(key: &str) -> Option<String> {
 
 /// The name in a file of the tensor that the model calls `name`.
 fn key_of(name: &str, layers: &BTreeSet<&str>) -> String {
-    let (module, part) = name.rsplit_once('.').unwrap_or(("", name));
+    let Some((module, part)) = name.rsplit_once('.') else { return format!("{SHARED_PREFIX}{name}") };
     match part {
         "trainable_tokens_delta" => format!("{PREFIX}{module}.token_adapter.{part}"),
         "bias" if layers.contains(module) => format!("{PREFIX}{module}.base_layer.{part}"),

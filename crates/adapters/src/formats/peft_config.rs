@@ -26,6 +26,7 @@ const INFORMATIVE: &[&str] = &[
     "corda_config",
     "lora_ga_config",
     "transformers_version",
+    "init_weights",
 ];
 
 /// `peft_type` of methods that PEFT lacks.
@@ -47,12 +48,18 @@ pub fn to_json(config: &AdapterConfig, trains_embedding: bool) -> Result<Value> 
             keys
         }
     };
+    let lora = keys.get("peft_type").is_some_and(|kind| kind == "LORA");
     let mut put = |key: &str, value: Value| {
-        keys.insert(key.into(), value);
+        // Other methods of PEFT know fewer keys; those that say something are written all the same.
+        if lora || !is_unset(&value) {
+            keys.insert(key.into(), value);
+        }
     };
     put("auto_mapping", Value::Null);
     put("base_model_name_or_path", json!(config.base));
-    put("bias", value(&config.bias)?);
+    if lora || config.bias != BiasMode::None {
+        put("bias", value(&config.bias)?);
+    }
     put("fan_in_fan_out", false.into());
     put("inference_mode", true.into());
     put("layer_replication", Value::Null);
@@ -65,10 +72,10 @@ pub fn to_json(config: &AdapterConfig, trains_embedding: bool) -> Result<Value> 
     }
     let targets = object(&config.targets)?;
     for key in ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"] {
-        keys.insert(key.into(), targets.get(key).cloned().unwrap_or(Value::Null));
+        put(key, targets.get(key).cloned().unwrap_or(Value::Null));
     }
     for key in ["rank_pattern", "alpha_pattern"] {
-        keys.insert(key.into(), targets.get(key).cloned().unwrap_or_else(|| json!({})));
+        put(key, targets.get(key).cloned().unwrap_or_else(|| json!({})));
     }
     let mut sorted: Vec<_> = keys.into_iter().collect();
     sorted.sort_by(|x, y| x.0.cmp(&y.0));
@@ -137,6 +144,84 @@ fn native(name: &str, keys: &mut Map<String, Value>) -> Result<MethodConfig> {
         }
     }
     parse("espalier_method", Value::Object(fields))
+}
+
+/// What PEFT calls a method and its settings.
+#[derive(Debug, Clone, Copy)]
+pub struct PeftNames {
+    /// `peft_type`.
+    pub kind: &'static str,
+    /// Settings that PEFT has under another key: (ours, PEFT's).
+    pub keys: &'static [(&'static str, &'static str)],
+    /// PEFT's keys of which one value is supported, with that value as JSON: written so, and expected so.
+    pub fixed: &'static [(&'static str, &'static str)],
+}
+
+impl PeftNames {
+    fn theirs<'a>(&self, ours: &'a str) -> &'a str {
+        self.keys.iter().find(|(own, _)| *own == ours).map_or(ours, |(_, theirs)| theirs)
+    }
+}
+
+/// Settings under PEFT's keys; None if they are no object, which the settings of no method are.
+pub(crate) fn settings_to_keys<M: Serialize>(method: &M, names: &PeftNames) -> Option<Map<String, Value>> {
+    let own = object(method).ok()?;
+    let mut keys: Map<String, Value> =
+        own.into_iter().map(|(key, value)| (names.theirs(&key).to_owned(), whole(value))).collect();
+    keys.insert("peft_type".into(), names.kind.into());
+    for (key, value) in names.fixed {
+        keys.insert((*key).into(), serde_json::from_str(value).ok()?);
+    }
+    Some(keys)
+}
+
+/// Settings from PEFT's keys, which are removed; None if the file is of another method. Keys that are absent or null keep our
+/// defaults.
+pub(crate) fn settings_from_keys<M: Serialize + DeserializeOwned + Default>(
+    keys: &mut Map<String, Value>,
+    names: &PeftNames,
+) -> Result<Option<M>> {
+    if keys.get("peft_type").and_then(Value::as_str) != Some(names.kind) {
+        return Ok(None);
+    }
+    keys.remove("peft_type");
+    let defaults = object(&M::default())?;
+    let mut own = defaults.clone();
+    for (key, value) in &mut own {
+        let theirs = names.theirs(key);
+        if let Some(found) = keys.remove(theirs).filter(|found| !found.is_null()) {
+            // Alone first, so that an error names the key.
+            let mut one = defaults.clone();
+            one.insert(key.clone(), found.clone());
+            parse::<M>(theirs, Value::Object(one))
+                .map_err(|_| Error::config(theirs, format!("{found} is not valid for {}", names.kind)))?;
+            *value = found;
+        }
+    }
+    for (key, value) in names.fixed {
+        match keys.remove(*key) {
+            Some(found) if !found.is_null() && !same_value(&found, value) => {
+                return Err(Error::config(*key, format!("{found} is not supported for {}, only {value}", names.kind)));
+            }
+            _ => {}
+        }
+    }
+    parse(names.kind, Value::Object(own)).map(Some)
+}
+
+fn same_value(found: &Value, text: &str) -> bool {
+    match (found.as_f64(), text.parse::<f64>()) {
+        (Some(x), Ok(y)) => x == y,
+        _ => serde_json::from_str::<Value>(text).is_ok_and(|value| value == *found),
+    }
+}
+
+/// Writes 16.0 as the integer that PEFT writes.
+fn whole(value: Value) -> Value {
+    match value.as_f64() {
+        Some(x) if value.is_f64() && x.fract() == 0.0 && x.abs() < 1e15 => Value::from(x as i64),
+        _ => value,
+    }
 }
 
 fn is_unset(value: &Value) -> bool {

@@ -75,12 +75,12 @@ pub(super) fn of(host: &mut dyn Host, adapter: &Attached, layout: &str) -> Resul
             Some(Gain::OverNorm { magnitude, .. }) => Some(plain(magnitude)?),
             Some(Gain::Values(_)) => return refuse(format!("the factors on the outputs of {path}")),
         };
-        let a = plain(view.a)?;
-        let a = match view.rank_scale {
+        let a = plain(&view.a)?;
+        let a = match &view.rank_scale {
             Some(scale) => a.broadcast_mul(&plain(scale)?.unsqueeze(1)?)?,
             None => a,
         };
-        let (b, scale) = (plain(view.b)?, view.scale);
+        let (b, scale) = (plain(&view.b)?, view.scale);
         products.push(Product { path: path.clone(), a, b, scale, magnitude, lookup: *lookup });
     }
     Ok(products)

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use super::lora::{Lora, LoraLayer};
 use crate::adapter::{Adapter, Init, Method, Site};
 use crate::low_rank::{Gain, LowRankView};
-use crate::{Error, Flow, ParameterMap, Result};
+use crate::{Flow, ParameterMap, Result};
 
 /// How DoRA is set up: as LoRA.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -26,12 +26,7 @@ impl Method for Dora {
     type Layer = DoraLayer;
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<DoraLayer> {
-        if site.lookup {
-            return Err(Error::unsupported(
-                format!("dora on {}", site.path),
-                "the magnitude acts on outputs of a product, not on looked-up rows; use lora for embeddings",
-            ));
-        }
+        site.refuse_lookup("dora")?;
         let lora = self.0.factors(site, init)?;
         let magnitude = init.trainable("lora_magnitude_vector", site.d_out, |_, _, _| row_norms(&site.base, &lora))?;
         Ok(DoraLayer { lora, magnitude, base_square: OnceLock::new() })
@@ -77,7 +72,7 @@ fn row_norms(base: &Arc<FrozenWeight>, lora: &LoraLayer) -> Result<Tensor> {
 
 impl DoraLayer {
     /// The low-rank form with g = m / ||W + s B A||, differentiable in m only.
-    fn view(&self, base: &Arc<FrozenWeight>) -> Result<LowRankView<'_>> {
+    fn view(&self, base: &Arc<FrozenWeight>) -> Result<LowRankView> {
         let square = match self.base_square.get() {
             Some(square) => square.clone(),
             None => {
@@ -85,7 +80,7 @@ impl DoraLayer {
                 self.base_square.get_or_init(|| square).clone()
             }
         };
-        Ok(self.lora.view().gain(Gain::OverNorm { magnitude: &self.magnitude, square }))
+        Ok(self.lora.view().gain(Gain::OverNorm { magnitude: self.magnitude.clone(), square }))
     }
 }
 
@@ -106,7 +101,7 @@ impl Adapter for DoraLayer {
         Ok(Some(map))
     }
 
-    fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView<'_>>> {
+    fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {
         self.view(base).map(Some)
     }
 

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use crate::adapter::{Adapter, Init, Method, Site};
 use crate::low_rank::{flatten, unflatten};
@@ -32,22 +31,6 @@ impl Method for Full {
         }
         let start = site.base.dequantize(init.dtype)?;
         Ok(FullLayer { weight: init.copy_of("weight", &start)? })
-    }
-
-    fn rank_and_alpha(&self) -> (usize, f64) {
-        (0, 0.0)
-    }
-
-    fn to_peft(&self) -> Option<Map<String, Value>> {
-        None
-    }
-
-    fn from_peft(keys: &mut Map<String, Value>) -> Result<Option<Self>> {
-        if keys.get("espalier_method").and_then(Value::as_str) != Some("full") {
-            return Ok(None);
-        }
-        keys.remove("espalier_method");
-        Ok(Some(Self {}))
     }
 }
 

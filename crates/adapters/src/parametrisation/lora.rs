@@ -12,14 +12,11 @@ use espalier_kernels::frozen::FrozenWeight;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Init, Method, Site};
+use crate::adapter::{Adapter, Init, Method, Site, checked_dropout};
 use crate::initialisation::{Factors, Initialisation, Moved, INITIALISATIONS};
 use crate::low_rank::LowRankView;
 use crate::parameter::Role;
 use crate::{Error, Flow, ParameterMap, Result};
-
-/// Ranks above this are typing errors, and their factors would not fit into memory.
-const MAX_RANK: usize = 1 << 16;
 
 /// How LoRA is set up.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,15 +49,8 @@ impl Lora {
 
     /// Makes A, B and the factor, for this method and those that extend it.
     pub(crate) fn factors(&self, site: &Site, init: &mut Init<'_>) -> Result<LoraLayer> {
-        if site.rank == 0 {
-            return Err(Error::config("r", format!("{}: the rank must be at least 1", site.path)));
-        }
-        if site.rank > MAX_RANK {
-            return Err(Error::config("r", format!("{}: rank {} is above {MAX_RANK}", site.path, site.rank)));
-        }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::config("dropout", format!("{} is not a probability below 1", self.dropout)));
-        }
+        site.checked_rank()?;
+        checked_dropout(self.dropout)?;
         let scale = self.scale(site);
         let Factors { a, b, moved } = self.init.factors(site, scale, init)?;
         Ok(LoraLayer { path: site.path.clone(), a, b, scale, dropout: self.dropout, lookup: site.lookup, moved })
@@ -193,10 +183,10 @@ impl LoraLayer {
 
     /// The input of A where dropout makes it another than `x`.
     pub(crate) fn dropped(&self, x: &Tensor, flow: &Flow) -> Result<Option<Tensor>> {
-        (flow.train && self.dropout > 0.0).then(|| flow.dropout(x, self.dropout, &self.path)).transpose()
+        flow.dropped(x, self.dropout, &self.path)
     }
 
-    pub(crate) fn view(&self) -> LowRankView<'_> {
+    pub(crate) fn view(&self) -> LowRankView {
         LowRankView::new(&self.a, &self.b, self.scale).residual(self.residual())
     }
 
@@ -231,7 +221,7 @@ impl Adapter for LoraLayer {
         Ok(Some(map))
     }
 
-    fn low_rank(&self, _base: &Arc<FrozenWeight>) -> Result<Option<LowRankView<'_>>> {
+    fn low_rank(&self, _base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {
         Ok(Some(self.view()))
     }
 

@@ -52,6 +52,11 @@ macro_rules! methods {
                 all
             }
 
+            /// Whether an adapter so set up changes nothing before it is trained.
+            pub fn starts_at_base(&self) -> bool {
+                match self { $(Self::$config(method) => method.starts_at_base(),)* }
+            }
+
             /// The method of portable parameters, with the factors on ranks and alphas.
             pub fn portable(&self) -> Option<(Self, usize, f64)> {
                 match self { $(Self::$config(method) => method.portable().map(|(m, r, a)| (Self::$config(m), r, a)),)* }
@@ -95,6 +100,8 @@ methods! {
     dora::Dora = "dora";
     /// Low-rank adaptation.
     lora::Lora = "lora";
+    /// One frozen random pair shared by all layers, two trained vectors in each.
+    vera::Vera = "vera";
     /// Every weight of the target modules, densely.
     full::Full = "full";
 }

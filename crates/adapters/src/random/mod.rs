@@ -1,5 +1,7 @@
 //! Random numbers by name: one seed, named sub-streams, the same bits on every run and for every thread count.
 
+pub mod torch;
+
 use candle_core::{Device, Shape, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
