@@ -1,5 +1,6 @@
 //! The one abstraction: how a frozen linear map is adapted, and how a method makes such an adapter.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -110,6 +111,11 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// promised of every method is tried with each of them.
     fn examples() -> Vec<(String, Self)> {
         vec![("as it comes".to_owned(), Self::default())]
+    }
+
+    /// Takes from the tensors of a file what its settings do not say: nothing, for nearly all methods.
+    fn settle(&mut self, tensors: &BTreeMap<String, Tensor>) {
+        let _ = tensors;
     }
 
     /// Whether an adapter so set up changes nothing before it is trained.

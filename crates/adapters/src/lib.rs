@@ -29,6 +29,7 @@ pub mod random;
 pub mod set;
 pub mod target;
 pub mod tied;
+mod weight_space;
 
 pub use adapter::{Adapter, Init, Method, Site};
 pub use config::AdapterConfig;

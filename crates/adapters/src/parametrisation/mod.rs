@@ -57,6 +57,11 @@ macro_rules! methods {
                 match self { $(Self::$config(method) => method.starts_at_base(),)* }
             }
 
+            /// Takes from the tensors of a file what its settings do not say.
+            pub fn settle(&mut self, tensors: &std::collections::BTreeMap<String, candle_core::Tensor>) {
+                match self { $(Self::$config(method) => method.settle(tensors),)* }
+            }
+
             /// The method of portable parameters, with the factors on ranks and alphas.
             pub fn portable(&self) -> Option<(Self, usize, f64)> {
                 match self { $(Self::$config(method) => method.portable().map(|(m, r, a)| (Self::$config(m), r, a)),)* }
@@ -96,10 +101,16 @@ macro_rules! methods {
 }
 
 methods! {
+    /// Low-rank adaptation in blocks that share one down-projection.
+    block_lora::BlockLora = "block-lora";
+    /// A block matrix multiplied into the frozen weight's blocks and added to them; MiSS.
+    bone::Bone = "bone";
     /// Weight-decomposed low-rank adaptation.
     dora::Dora = "dora";
     /// Low-rank adaptation.
     lora::Lora = "lora";
+    /// A full-rank change from diagonal factors of frozen random products.
+    randlora::RandLora = "randlora";
     /// One frozen random pair shared by all layers, two trained vectors in each.
     vera::Vera = "vera";
     /// Every weight of the target modules, densely.
