@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Init, Method, Site};
+use crate::adapter::{Adapter, Evidence, Init, Method, Site, Wanted};
 use crate::{Error, Result};
 
 macro_rules! methods {
@@ -36,6 +36,23 @@ macro_rules! methods {
             pub fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<std::sync::Arc<dyn Adapter>> {
                 init.path.clone_from(&site.path);
                 match self { $(Self::$config(method) => Ok(std::sync::Arc::new(method.attach(site, init)?)),)* }
+            }
+
+            /// What must be known of the data before a new adapter can be made.
+            pub fn wanted(&self) -> Option<Wanted> {
+                match self { $(Self::$config(method) => method.wanted(),)* }
+            }
+
+            /// The tensors that a new layer at `site` starts with, by their names there, from what is known of the data.
+            ///
+            /// # Errors
+            /// If the evidence has another shape, or a decomposition fails.
+            pub fn starts(
+                &self,
+                site: &Site,
+                evidence: &Evidence<'_>,
+            ) -> Result<Vec<(String, candle_core::Tensor)>> {
+                match self { $(Self::$config(method) => method.starts(site, evidence),)* }
             }
 
             /// Rank and scaling numerator before patterns.
@@ -109,6 +126,8 @@ methods! {
     dora::Dora = "dora";
     /// Low-rank adaptation.
     lora::Lora = "lora";
+    /// Factors mixed from random matrices that a seed gives.
+    nola::Nola = "nola";
     /// A full-rank change from diagonal factors of frozen random products.
     randlora::RandLora = "randlora";
     /// One frozen random pair shared by all layers, two trained vectors in each.
