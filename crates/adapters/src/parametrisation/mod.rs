@@ -122,10 +122,14 @@ methods! {
     block_lora::BlockLora = "block-lora";
     /// A block matrix multiplied into the frozen weight's blocks and added to them; MiSS.
     bone::Bone = "bone";
+    /// Low-rank adaptation with a gate for every rank.
+    codyra::Codyra = "codyra";
     /// Weight-decomposed low-rank adaptation.
     dora::Dora = "dora";
     /// Low-rank adaptation.
     lora::Lora = "lora";
+    /// A small trained matrix between frozen factors; LoRA-SB.
+    lora_xs::LoraXs = "lora-xs";
     /// Factors mixed from random matrices that a seed gives.
     nola::Nola = "nola";
     /// A full-rank change from diagonal factors of frozen random products.
