@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod dynamics;
 pub mod error;
+pub mod evidence;
 pub mod export;
 pub mod identity;
 pub mod live;

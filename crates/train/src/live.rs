@@ -240,7 +240,7 @@ impl Watch {
         let partner = match entry.role {
             Role::Down => self.entries.get(i + 1).filter(|e| e.role == Role::Up),
             Role::Up => i.checked_sub(1).and_then(|i| self.entries.get(i)).filter(|e| e.role == Role::Down),
-            Role::Other => None,
+            Role::Gate | Role::Other => None,
         };
         let behind_zero = self.effective == 0 && partner.is_some_and(|p| p.start.largest == 0.0);
         behind_zero.then(|| "the other factor of its product was 0 until the last step".into())

@@ -1,10 +1,11 @@
 //! A run in its folder: recipe, metrics, TensorBoard, checkpoints, report and the adapter or model that comes out.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use espalier_adapters::Host;
-use espalier_adapters::formats::{atomic, folder};
+use espalier_adapters::formats::{atomic, folder, safetensors};
 use espalier_models::export::{ExportOptions, copy_companions};
 use serde::Serialize;
 
@@ -136,6 +137,10 @@ pub fn run(
         true => EventWriter::resume(files.root(), step)?,
         false => EventWriter::create(files.root())?,
     };
+    if !run.starts.is_empty() && !(options.resume && files.starts().is_file()) {
+        let entries = run.starts.iter().map(|(name, start)| safetensors::Entry::of(name.clone(), start)).collect();
+        safetensors::write(&files.starts(), entries, &BTreeMap::new())?;
+    }
     let recipe = run.recipe.to_toml()?;
     atomic::write(&files.recipe(), |out| out.write_all(recipe.as_bytes()))?;
     let mut recorder = Recorder { metrics, events, inner: observer, notices: Vec::new() };
@@ -189,7 +194,7 @@ fn clear(files: &RunFolder) -> Result<()> {
         // Only where nothing else is in it.
         let _ = std::fs::remove_dir(path);
     }
-    for file in [files.metrics(), files.report(), files.recipe()] {
+    for file in [files.metrics(), files.report(), files.recipe(), files.starts()] {
         remove_file(file)?;
     }
     for entry in std::fs::read_dir(files.root()).into_iter().flatten().flatten() {

@@ -1,9 +1,10 @@
 //! From a recipe to everything a run needs: device, model, tokenizer, data, adapter.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use espalier_adapters::attach::{Attached, Origin, attach};
 use espalier_adapters::config::TaskType;
 use espalier_adapters::formats::folder;
@@ -295,11 +296,16 @@ pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<
     Ok(Data { train, eval, reports, eval_reports, key, stores: all })
 }
 
-/// The adapter of a recipe on a model: a saved one to go on from, or a new one.
+/// The adapter of a recipe on a model: a saved one to go on from, or a new one, with the tensors that it starts with where
+/// `starts` made some from the data.
 ///
 /// # Errors
 /// If a target matches nothing, or a saved adapter does not fit.
-pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
+pub fn adapter(
+    recipe: &Recipe,
+    model: &mut Model,
+    starts: impl FnOnce(&mut Model, &AdapterConfig) -> Result<BTreeMap<String, Tensor>>,
+) -> Result<(Attached, BTreeMap<String, Tensor>)> {
     let device = model.device().clone();
     if let Some(path) = &recipe.init_adapter {
         if !recipe.adapter.is_empty() {
@@ -309,7 +315,7 @@ pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
             ));
         }
         let files = folder::read(Path::new(path))?;
-        return Ok(folder::load(model, files, recipe.allow_base, DType::F32, &device)?);
+        return Ok((folder::load(model, files, recipe.allow_base, DType::F32, &device)?, BTreeMap::new()));
     }
     let mut config = recipe.adapter_config()?;
     config.base = Some(base_name(recipe, model));
@@ -318,7 +324,9 @@ pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
     if model.config().labels().is_some() && config.modules_to_save.is_empty() {
         config.modules_to_save = model.head_paths();
     }
-    Ok(attach(model, &config, Origin::Seed(recipe.seed), DType::F32, &device)?)
+    let starts = starts(model, &config)?;
+    let origin = Origin::Started { seed: recipe.seed, starts: starts.clone() };
+    Ok((attach(model, &config, origin, DType::F32, &device)?, starts))
 }
 
 /// What must be said of the base of a loaded adapter; `name` is the model as given.

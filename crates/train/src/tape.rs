@@ -60,7 +60,7 @@ impl Gradients {
     }
 
     /// Adds the gradients of `loss` (a scalar) and gives that of `leaf`.
-    fn add(&mut self, loss: &Tensor, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+    pub(crate) fn add(&mut self, loss: &Tensor, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
         let mut grads = loss.backward()?;
         for (id, index) in &self.order {
             if let Some(gradient) = grads.get_id(*id) {
@@ -256,7 +256,7 @@ pub fn accumulate(
 }
 
 /// A scalar whose gradient for `y` is `upstream`; its value means nothing.
-fn seed(y: &Tensor, upstream: Tensor) -> Result<Tensor> {
+pub(crate) fn seed(y: &Tensor, upstream: Tensor) -> Result<Tensor> {
     if y.device().is_cpu() { Ok(y.apply_op1(Seed(upstream))?) } else { Ok((y * upstream)?.sum_all()?) }
 }
 
@@ -278,7 +278,7 @@ impl CustomOp1 for Seed {
 }
 
 /// The head on the rows with a target, in chunks: summed loss if there are any, and the gradient of `x` [b, t, h] if wanted.
-fn head(
+pub(crate) fn head(
     model: &Model,
     x: &Tensor,
     targets: &Targets,
@@ -328,12 +328,20 @@ pub fn evaluate(model: &Model, batch: &Batch, targets: &Targets) -> Result<f64> 
     for i in 0..model.blocks() {
         x = model.block(i, &x, &context, &flow, None)?.detach();
     }
+    evaluate_head(model, &x, targets)
+}
+
+/// Summed loss of the head on `x` [b, t, h], without gradients.
+///
+/// # Errors
+/// If the targets do not fit.
+pub(crate) fn evaluate_head(model: &Model, x: &Tensor, targets: &Targets) -> Result<f64> {
     let (b, t, h) = x.dims3()?;
     let flat = x.reshape((b * t, h))?;
     let mut sum = 0.0;
     for (places, labels) in chunks(model, targets) {
         let rows = flat.index_select(&Tensor::new(places, x.device())?, 0)?;
-        sum += chunk_loss(model, &rows, labels, &flow)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        sum += chunk_loss(model, &rows, labels, &Flow::eval())?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     }
     Ok(sum)
 }

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Attached, Origin, attach};
+use espalier_adapters::adapter::EvidenceKind;
+use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::{folder, safetensors};
 use espalier_adapters::random::{normal, stream};
-use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut};
+use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut, Site};
 use espalier_models::{LoadOptions, Model, TokenBatch};
 
 use crate::root;
@@ -113,7 +114,9 @@ impl Subject {
                 }
                 Kind::Example(method) => method.as_ref().clone(),
             };
-            let attached = attach(model, &AdapterConfig::new(method), Origin::Seed(1), DType::F32, &Device::Cpu)?;
+            let config = AdapterConfig::new(method);
+            let attached =
+                attach_from_data(model, &config, (1, 1e-3), DType::F32, &Device::Cpu, &mut evidence(&config))?;
             for p in attached.parameters.trainable() {
                 let noise = normal(&mut stream(2, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
                 p.var()?.set(&(p.tensor.detach() + noise)?)?;
@@ -136,6 +139,18 @@ impl Subject {
             std::fs::copy(golden.join(file), folder.join(file))?;
         }
         Ok(())
+    }
+}
+
+/// What the data of no task says at a site, for methods that start from data.
+fn evidence(config: &AdapterConfig) -> impl FnMut(&Site) -> espalier_adapters::Result<Tensor> {
+    let kind = config.method.wanted().map(|wanted| wanted.kind);
+    move |site| {
+        let draw = |shape| normal(&mut stream(3, &site.path), MOVED, shape, &Device::Cpu);
+        match kind {
+            Some(EvidenceKind::Gradient) => draw((site.d_out, site.d_in)),
+            _ => draw((site.d_in, site.d_in)).and_then(|x| Ok(x.matmul(&x.t()?)?)),
+        }
     }
 }
 

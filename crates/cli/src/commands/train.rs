@@ -156,6 +156,6 @@ impl Train {
         };
         let options =
             SessionOptions { scope: Scope::Adapter, resume, overwrite: self.overwrite, command: command_line() };
-        execute(out, Run::prepare(recipe)?, &options)
+        execute(out, Run::prepare_again(recipe, options.resume)?, &options)
     }
 }

@@ -128,7 +128,7 @@ pub(crate) fn session_with(
     observer: &mut dyn Observer,
     flag: &AtomicBool,
 ) -> Result<SessionOutcome> {
-    let mut run = Run::prepare(recipe.clone())?;
+    let mut run = Run::prepare_again(recipe.clone(), resume)?;
     let plan = run.plan(0)?;
     let options =
         SessionOptions { scope: Scope::Adapter, resume, overwrite: false, command: "espalier train".to_owned() };
