@@ -164,6 +164,7 @@ pub fn attach(
         return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
     }
     let mut placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    config.method.check_sites(&placement.sites.iter().map(|s| s.path.as_str()).collect::<Vec<_>>())?;
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
     let rows_wanted = token_rows(config, &survey.embeddings)?;
     let (mut tensors, file, seed) = match origin {

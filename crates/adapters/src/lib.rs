@@ -26,9 +26,11 @@ pub mod parameter;
 pub mod parametrisation;
 pub mod projected;
 pub mod random;
+mod rotation;
 pub mod set;
 pub mod target;
 pub mod tied;
+mod weight_space;
 
 pub use adapter::{Adapter, Init, Method, Site};
 pub use config::AdapterConfig;

@@ -38,6 +38,27 @@ macro_rules! methods {
                 match self { $(Self::$config(method) => Ok(std::sync::Arc::new(method.attach(site, init)?)),)* }
             }
 
+            /// Looks at the paths of all sites before the first layer is made.
+            ///
+            /// # Errors
+            /// If a setting names none of them.
+            pub fn check_sites(&self, paths: &[&str]) -> Result<()> {
+                match self { $(Self::$config(method) => method.check_sites(paths),)* }
+            }
+
+            /// Endings of the names that the method's tensors have in files, where it says so.
+            pub fn tensors(&self) -> &'static [&'static str] {
+                fn of<M: Method>(_: &M) -> &'static [&'static str] {
+                    M::TENSORS
+                }
+                match self { $(Self::$config(method) => of(method),)* }
+            }
+
+            /// Endings of the names that tensors of any method have in files.
+            pub fn tensor_names() -> impl Iterator<Item = &'static str> {
+                [$(<$module::$config as Method>::TENSORS),*].into_iter().flatten().copied()
+            }
+
             /// Rank and scaling numerator before patterns.
             pub fn rank_and_alpha(&self) -> (usize, f64) {
                 match self { $(Self::$config(method) => method.rank_and_alpha(),)* }
@@ -96,10 +117,26 @@ macro_rules! methods {
 }
 
 methods! {
+    /// Orthogonal maps of the inputs as products of sparse ones, and factors on the outputs.
+    boft::Boft = "boft";
     /// Weight-decomposed low-rank adaptation.
     dora::Dora = "dora";
+    /// Few entries of the change's spectrum.
+    fourierft::Fourierft = "fourierft";
+    /// Chains of Householder reflections of the inputs.
+    hra::Hra = "hra";
+    /// Learned factors on the outputs of maps, or on the inputs of feed-forward ones.
+    ia3::Ia3 = "ia3";
+    /// The entrywise product of two low-rank matrices.
+    loha::Loha = "loha";
+    /// The Kronecker product of a small matrix and a low-rank one.
+    lokr::Lokr = "lokr";
     /// Low-rank adaptation.
     lora::Lora = "lora";
+    /// Orthogonal maps of the inputs in blocks.
+    oft::Oft = "oft";
+    /// Low-rank factors put together from vectors that all layers share.
+    vblora::Vblora = "vblora";
     /// One frozen random pair shared by all layers, two trained vectors in each.
     vera::Vera = "vera";
     /// Every weight of the target modules, densely.
