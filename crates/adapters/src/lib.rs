@@ -22,6 +22,7 @@ mod init;
 pub mod initialisation;
 pub mod low_rank;
 pub mod module;
+mod output_dropout;
 pub mod parameter;
 pub mod parametrisation;
 pub mod projected;

@@ -176,7 +176,7 @@ impl Adapter for FourierftLayer {
         }
         let factors = (Tensor::cat(&[&self.spectrum, &self.spectrum], 0)? * self.scale)?;
         let delta = self.b.broadcast_mul(&factors)?.matmul(&self.a)?;
-        let change = product(&delta, x)?;
+        let change = product(&x.to_dtype(delta.dtype())?, &delta)?;
         Ok((base.forward(x)?.to_dtype(change.dtype())? + change)?.to_dtype(x.dtype())?)
     }
 

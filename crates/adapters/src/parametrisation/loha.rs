@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::{Adapter, Init, Method, Site};
 use crate::formats::peft_config::PeftNames;
 use crate::low_rank::LowRankView;
-use crate::weight_space::{OutputDropout, product};
+use crate::output_dropout::OutputDropout;
+use crate::weight_space::product;
 use crate::{Flow, ParameterMap, Result, random};
 
 /// How LoHa is set up.
@@ -122,7 +123,10 @@ impl Adapter for LohaLayer {
         }
         let change = match low {
             true => self.view()?.product(x)?,
-            false => product(&self.dense(|t| Ok(t.clone()))?, x)?,
+            false => {
+                let delta = self.dense(|t| Ok(t.clone()))?;
+                product(&x.to_dtype(delta.dtype())?, &delta)?
+            }
         };
         self.dropout.add(base, x, &change, flow, &self.path)
     }

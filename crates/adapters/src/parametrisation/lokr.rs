@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::{Adapter, Init, Method, Site};
 use crate::formats::peft_config::PeftNames;
 use crate::low_rank::{flatten, unflatten};
-use crate::weight_space::OutputDropout;
+use crate::output_dropout::OutputDropout;
 use crate::{Error, Flow, ParameterMap, Result, random};
 
 /// How LoKr is set up.

@@ -132,7 +132,7 @@ impl Method for Oft {
             return Ok(None);
         }
         if !keys.contains_key("oft_block_size") {
-            let reason = "missing: the file is of PEFT before 0.15, whose OFT had other tensors; train the adapter anew";
+            let reason = "missing: the file is of an older PEFT, whose OFT had other tensors; train the adapter anew";
             return Err(Error::config("oft_block_size", reason));
         }
         let version = keys.get("peft_version").and_then(Value::as_str).unwrap_or("0.0").to_owned();
