@@ -1,5 +1,6 @@
 //! The one abstraction: how a frozen linear map is adapted, and how a method makes such an adapter.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -9,7 +10,7 @@ use serde::de::DeserializeOwned;
 
 use crate::by_row::ByRow;
 use crate::formats::peft_config::{self, PeftNames};
-pub use crate::init::{Init, Shared, Source};
+pub use crate::init::{Evidence, EvidenceKind, Init, Shared, Source, Wanted};
 use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
 use crate::{Error, Flow, Result};
@@ -115,6 +116,20 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// If the settings do not fit the site or the file's tensors do not have the shapes asked for.
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<Self::Layer>;
 
+    /// What must be known of the data before a new adapter can be made.
+    fn wanted(&self) -> Option<Wanted> {
+        None
+    }
+
+    /// The tensors that a new layer at `site` starts with, by their names there, from what is known of the data.
+    ///
+    /// # Errors
+    /// If the evidence has another shape, or a decomposition fails.
+    fn starts(&self, site: &Site, evidence: &Evidence<'_>) -> Result<Vec<(String, Tensor)>> {
+        let _ = evidence;
+        Err(Error::unsupported(format!("evidence for {}", site.path), "the method takes none"))
+    }
+
     /// Rank and scaling numerator of this method before patterns: (r, alpha). Methods without a rank return (0, 0).
     fn rank_and_alpha(&self) -> (usize, f64) {
         (0, 0.0)
@@ -130,6 +145,11 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// promised of every method is tried with each of them.
     fn examples() -> Vec<(String, Self)> {
         vec![("as it comes".to_owned(), Self::default())]
+    }
+
+    /// Takes from the tensors of a file what its settings do not say: nothing, for nearly all methods.
+    fn settle(&mut self, tensors: &BTreeMap<String, Tensor>) {
+        let _ = tensors;
     }
 
     /// Whether an adapter so set up changes nothing before it is trained.

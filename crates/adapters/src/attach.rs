@@ -10,13 +10,13 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 
-use crate::adapter::{Adapter, Init, Site, Source};
+use crate::adapter::{Adapter, Evidence, Init, Site, Source};
 pub use crate::base::BaseCheck;
 use crate::config::{AdapterConfig, BiasMode, TokenIndices};
 use crate::module::{Host, ModuleMut, TokenRows};
 use crate::parameter::ParameterMap;
 use crate::parametrisation::full::FullLayer;
-use crate::target::{Candidate, Placement, near_misses};
+use crate::target::{Candidate, Placed, Placement, near_misses};
 use crate::{Error, Result};
 
 /// A dense tensor of a module that is trained on purpose.
@@ -54,6 +54,13 @@ pub struct Attached {
 pub enum Origin<'a> {
     /// Drawn with this seed.
     Seed(u64),
+    /// As [`Self::Seed`], but for tensors that were made from the data.
+    Started {
+        /// The seed.
+        seed: u64,
+        /// Those tensors by full name.
+        starts: BTreeMap<String, Tensor>,
+    },
     /// Taken from the tensors of a file.
     File {
         /// The file, for messages.
@@ -89,7 +96,7 @@ fn survey(host: &mut dyn Host) -> Result<Survey> {
                 survey.candidates.push(Candidate { path, linear: true, head });
             }
             ModuleMut::Embedding(embedding) => {
-                survey.widths.insert(path.clone(), (embedding.base().d_out(), embedding.base().d_in()));
+                survey.widths.insert(path.clone(), (embedding.base().d_in(), embedding.base().d_out()));
                 survey.embeddings.push(path.clone());
                 survey.candidates.push(Candidate { path, linear: false, head: false });
             }
@@ -98,6 +105,82 @@ fn survey(host: &mut dyn Host) -> Result<Survey> {
         Ok(())
     })?;
     Ok(survey)
+}
+
+/// Chooses the sites; a pattern for what the method lacks is refused.
+fn place(survey: &Survey, config: &AdapterConfig) -> Result<Placement> {
+    let (rank, alpha) = config.method.rank_and_alpha();
+    let patterns = [
+        ("rank_pattern", "rank", rank == 0 && !config.targets.rank_pattern.is_empty()),
+        ("alpha_pattern", "alpha", alpha == 0.0 && !config.targets.alpha_pattern.is_empty()),
+    ];
+    if let Some((key, what, _)) = patterns.iter().find(|(.., idle)| *idle) {
+        return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
+    }
+    let placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    config.method.check_sites(&placement.sites.iter().map(|s| s.path.as_str()).collect::<Vec<_>>())?;
+    Ok(placement)
+}
+
+impl Site {
+    fn of(placed: &Placed, base: &Arc<FrozenWeight>, lookup: bool, device: &Device) -> Self {
+        // A table is the map from one-hot tokens, turned.
+        let (d_out, d_in) = if lookup { (base.d_in(), base.d_out()) } else { (base.d_out(), base.d_in()) };
+        Self {
+            path: placed.path.clone(),
+            d_out,
+            d_in,
+            rank: placed.rank,
+            alpha: placed.alpha,
+            base: base.clone(),
+            lookup,
+            device: device.clone(),
+        }
+    }
+}
+
+/// The sites that [`attach`] will make layers for, in order.
+///
+/// # Errors
+/// As [`attach`] of the placement.
+pub fn sites(host: &mut dyn Host, config: &AdapterConfig, device: &Device) -> Result<Vec<Site>> {
+    let placement = place(&survey(host)?, config)?;
+    let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
+    let mut sites = Vec::new();
+    host.walk(&mut |module| {
+        let Some(placed) = placed.get(module.path()) else { return Ok(()) };
+        match module {
+            ModuleMut::Linear(linear) => sites.push(Site::of(placed, linear.base(), false, device)),
+            ModuleMut::Embedding(embedding) => sites.push(Site::of(placed, embedding.base(), true, device)),
+            ModuleMut::Norm(_) => {}
+        }
+        Ok(())
+    })?;
+    Ok(sites)
+}
+
+/// Makes a new adapter as [`attach`] does, from data where the method asks for it: `evidence` says what is known at a site, in
+/// the form of the method's [`wanted`](crate::Method::wanted).
+///
+/// # Errors
+/// As [`attach`]; if a method starts from data that is not given.
+pub fn attach_from_data(
+    host: &mut dyn Host,
+    config: &AdapterConfig,
+    (seed, first_lr): (u64, f64),
+    dtype: DType,
+    device: &Device,
+    evidence: &mut dyn FnMut(&Site) -> Result<Tensor>,
+) -> Result<Attached> {
+    let mut starts = BTreeMap::new();
+    if config.method.wanted().is_some() {
+        for site in sites(host, config, device)?.iter().filter(|site| !site.lookup) {
+            let values = evidence(site)?.to_dtype(DType::F32)?;
+            let made = config.method.starts(site, &Evidence { values: &values, first_lr, seed })?;
+            starts.extend(made.into_iter().map(|(name, start)| (format!("{}.{name}", site.path), start)));
+        }
+    }
+    attach(host, config, Origin::Started { seed, starts }, dtype, device)
 }
 
 /// The candidates of a model: its linear maps and embeddings, in order.
@@ -155,25 +238,17 @@ pub fn attach(
     device: &Device,
 ) -> Result<Attached> {
     let survey = survey(host)?;
-    let (rank, alpha) = config.method.rank_and_alpha();
-    let patterns = [
-        ("rank_pattern", "rank", rank == 0 && !config.targets.rank_pattern.is_empty()),
-        ("alpha_pattern", "alpha", alpha == 0.0 && !config.targets.alpha_pattern.is_empty()),
-    ];
-    if let Some((key, what, _)) = patterns.iter().find(|(.., idle)| *idle) {
-        return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
-    }
-    let mut placement = config.targets.place(&survey.candidates, rank, alpha)?;
-    config.method.check_sites(&placement.sites.iter().map(|s| s.path.as_str()).collect::<Vec<_>>())?;
+    let mut placement = place(&survey, config)?;
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
     let rows_wanted = token_rows(config, &survey.embeddings)?;
     let (mut tensors, file, seed) = match origin {
         Origin::Seed(seed) => (BTreeMap::new(), None, seed),
+        Origin::Started { seed, starts } => (starts, None, seed),
         Origin::File { path, tensors } => (tensors, Some(path), 0),
     };
     let mut missing = Vec::new();
     let source = match file {
-        None => Source::Fresh(seed),
+        None => Source::Fresh { seed, starts: &mut tensors },
         Some(_) => Source::File { tensors: &mut tensors, missing: &mut missing },
     };
     let at_site = |(path, _): &(&String, &(usize, usize))| placed.contains_key(path.as_str());
@@ -198,16 +273,7 @@ pub fn attach(
                     let weight = init.copy_of("weight", &linear.base().dequantize(dtype)?)?;
                     build.layer(&path, Arc::new(FullLayer::new(weight)));
                 } else if let Some(site) = placed.get(path.as_str()) {
-                    let site = Site {
-                        path: path.clone(),
-                        d_out: linear.base().d_out(),
-                        d_in: linear.base().d_in(),
-                        rank: site.rank,
-                        alpha: site.alpha,
-                        base: linear.base().clone(),
-                        lookup: false,
-                        device: device.clone(),
-                    };
+                    let site = Site::of(site, linear.base(), false, device);
                     let layer = config.method.attach(&site, &mut init)?;
                     build.layer(&path, layer);
                 }
@@ -229,23 +295,13 @@ pub fn attach(
             }
             ModuleMut::Embedding(embedding) => {
                 let table = embedding.weight().frozen();
-                let (tokens, width) = table.dims2()?;
                 let head = survey.tied.as_ref().filter(|(t, _)| *t == path).map(|(_, head)| head.as_str());
                 let head = head.filter(|head| build.saved_whole(head));
                 let whole = whole || (head.is_some() && config.tie_weights);
                 if whole {
                     build.dense(&mut init, &path, "weight", table)?;
                 } else if let Some(site) = placed.get(path.as_str()) {
-                    let site = Site {
-                        path: path.clone(),
-                        d_out: width,
-                        d_in: tokens,
-                        rank: site.rank,
-                        alpha: site.alpha,
-                        base: embedding.base().clone(),
-                        lookup: true,
-                        device: device.clone(),
-                    };
+                    let site = Site::of(site, embedding.base(), true, device);
                     let layer = config.method.attach(&site, &mut init)?;
                     build.layer(&path, layer);
                 }
@@ -285,6 +341,9 @@ pub fn attach(
         && !(missing.is_empty() && tensors.is_empty())
     {
         return Err(Error::Unpaired { path: path.to_owned(), missing, unused: tensors.into_keys().collect() });
+    }
+    if let Some(name) = tensors.into_keys().next() {
+        return Err(Error::unsupported(name, "a start was made from data, but no layer takes it"));
     }
     let base = BaseCheck::Same;
     Ok(Attached { config: config.clone(), layers, dense, rows, placement, parameters, base })

@@ -12,8 +12,13 @@ use crate::{Error, Result, random};
 /// Where the tensors of a layer come from.
 #[derive(Debug)]
 pub enum Source<'a> {
-    /// Drawn: the seed of the run.
-    Fresh(u64),
+    /// Drawn, or as they were made from the data.
+    Fresh {
+        /// The seed of the run.
+        seed: u64,
+        /// Tensors that were made from the data, by full name; what was taken is removed.
+        starts: &'a mut BTreeMap<String, Tensor>,
+    },
     /// Taken from a file: tensors by full name; what was taken is removed, what was missed is noted.
     File {
         /// Tensors left in the file.
@@ -21,6 +26,35 @@ pub enum Source<'a> {
         /// Names asked for but not there.
         missing: &'a mut Vec<String>,
     },
+}
+
+/// What a start can be made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EvidenceKind {
+    /// The gradient of the mean loss with respect to the frozen weight [d_out, d_in].
+    Gradient,
+    /// The mean of x x^T over the inputs x of the map [d_in, d_in].
+    InputMoment,
+}
+
+/// What a method wants to know of the data before it is made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Wanted {
+    /// What.
+    pub kind: EvidenceKind,
+    /// From how many rows of the training data.
+    pub rows: usize,
+}
+
+/// What is known of the data at one site.
+#[derive(Debug)]
+pub struct Evidence<'a> {
+    /// In the shape that its kind has, f32.
+    pub values: &'a Tensor,
+    /// Learning rate of the run's first step that moves anything.
+    pub first_lr: f64,
+    /// Seed of the run.
+    pub seed: u64,
 }
 
 /// What a tensor that all sites share is.
@@ -32,6 +66,14 @@ pub enum Shared {
     Saved,
     /// Frozen, and made again from the method's settings where a file lacks it.
     Remade,
+}
+
+/// `found` if it has the shape asked for.
+fn fitting(full: &str, found: Tensor, shape: &Shape) -> Result<Tensor> {
+    if found.shape() == shape {
+        return Ok(found);
+    }
+    Err(Error::Shape { tensor: full.to_owned(), expected: shape.dims().to_vec(), found: found.dims().to_vec() })
 }
 
 /// Hands out the tensors of layers.
@@ -58,7 +100,26 @@ impl<'a> Init<'a> {
 
     /// Whether values are drawn (a new adapter).
     pub fn is_fresh(&self) -> bool {
-        matches!(self.source, Source::Fresh(_))
+        matches!(self.source, Source::Fresh { .. })
+    }
+
+    /// Whether a start was made from the data for the tensor `name` of the module.
+    pub fn has_start(&self, name: &str) -> bool {
+        let full = format!("{}.{name}", self.path);
+        matches!(&self.source, Source::Fresh { starts, .. } if starts.contains_key(&full))
+    }
+
+    /// Takes the start that was made from the data for the tensor `name` of the module.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn start(&mut self, name: &str) -> Result<Tensor> {
+        let full = format!("{}.{name}", self.path);
+        let start = match &mut self.source {
+            Source::Fresh { starts, .. } => starts.remove(&full),
+            Source::File { .. } => None,
+        };
+        start.ok_or_else(|| Error::unsupported(full, "no start was made from data"))
     }
 
     /// The values of `full`: from the file, else `draw` of its stream; None where the file lacks it.
@@ -69,16 +130,12 @@ impl<'a> Init<'a> {
         draw: impl FnOnce(&mut ChaCha8Rng, &Shape, &Device) -> Result<Tensor>,
     ) -> Result<Option<Tensor>> {
         let values = match &mut self.source {
-            Source::Fresh(seed) => draw(&mut random::stream(*seed, full), shape, &self.device)?,
+            Source::Fresh { seed, starts } => match starts.remove(full) {
+                Some(start) => fitting(full, start, shape)?,
+                None => draw(&mut random::stream(*seed, full), shape, &self.device)?,
+            },
             Source::File { tensors, .. } => match tensors.remove(full) {
-                Some(found) if found.shape() == shape => found,
-                Some(found) => {
-                    return Err(Error::Shape {
-                        tensor: full.to_owned(),
-                        expected: shape.dims().to_vec(),
-                        found: found.dims().to_vec(),
-                    });
-                }
+                Some(found) => fitting(full, found, shape)?,
                 None => return Ok(None),
             },
         };
@@ -177,7 +234,7 @@ impl<'a> Init<'a> {
         self.gather_copies(name)?;
         let remade = kind == Shared::Remade;
         let there = match &self.source {
-            Source::Fresh(_) => true,
+            Source::Fresh { .. } => true,
             Source::File { tensors, .. } => tensors.contains_key(name),
         };
         let values = if remade && !there {

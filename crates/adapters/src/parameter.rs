@@ -11,6 +11,8 @@ pub enum Role {
     Down,
     /// The side that writes the output (B).
     Up,
+    /// Factors between the two, one for every rank.
+    Gate,
     /// Anything else.
     #[default]
     Other,

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use common::*;
-use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::config::{BiasMode, TokenIndices};
 use espalier_adapters::formats::folder;
 use espalier_adapters::initialisation::INITIALISATIONS;
@@ -386,7 +385,7 @@ fn ranks_above_a_dimension_work_or_say_why_not() {
         };
         let has_rank = config.method.rank_and_alpha().0 > 0;
         rank(&mut config, 40);
-        let made = attach(&mut Toy::new(DType::F32), &config, Origin::Seed(1), DType::F32, &Device::Cpu);
+        let made = try_fresh(&mut Toy::new(DType::F32), &config, 1, DType::F32);
         if let (Err(error), true) = (&made, has_rank) {
             let error = error.to_string();
             let named = [UP, DOWN, EMBED].iter().any(|path| error.contains(path));
@@ -401,7 +400,7 @@ fn ranks_above_a_dimension_work_or_say_why_not() {
         assert!(difference(&toy.out(), &acting) < 1e-3, "{name}");
         for r in [0, 1 << 50] {
             rank(&mut config, r);
-            let made = attach(&mut Toy::new(DType::F32), &config, Origin::Seed(1), DType::F32, &Device::Cpu);
+            let made = try_fresh(&mut Toy::new(DType::F32), &config, 1, DType::F32);
             if has_rank && config.targets.rank_pattern.is_empty() {
                 let error = made.unwrap_err().to_string();
                 assert!(error.contains(if r > 0 { "rank" } else { "at least 1" }), "{name}: {error}");

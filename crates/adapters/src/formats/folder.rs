@@ -24,6 +24,9 @@ const PREFIX: &str = "base_model.model.";
 /// Prefix of tensors that belong to no module: those that all sites share.
 const SHARED_PREFIX: &str = "base_model.";
 
+/// Endings of names that PEFT has changed: (old, new).
+const RENAMED: &[(&str, &str)] = &[(".bone_block", ".miss_block")];
+
 /// What an adapter folder says before it meets a model.
 #[derive(Debug)]
 pub struct AdapterFiles {
@@ -92,6 +95,7 @@ pub fn read(folder: &Path) -> Result<AdapterFiles> {
             return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
         }
     }
+    config.method.settle(&tensors);
     Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies, gguf: None })
 }
 
@@ -109,6 +113,10 @@ pub(super) fn name_of(key: &str) -> Option<String> {
         return key.strip_prefix(SHARED_PREFIX).filter(|name| !name.contains('.')).map(str::to_owned);
     };
     let name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".").replace(".token_adapter.", ".");
+    let name = match RENAMED.iter().find_map(|(old, new)| Some((name.strip_suffix(old)?, new))) {
+        Some((head, new)) => format!("{head}{new}"),
+        None => name,
+    };
     Some(match name.strip_suffix(".lora_magnitude_vector.weight") {
         Some(head) => format!("{head}.lora_magnitude_vector"),
         None => name,

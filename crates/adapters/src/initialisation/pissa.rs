@@ -6,14 +6,23 @@
 //! Cost:     one SVD a layer; one more copy of the adapted weights
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
-use super::{Factors, from_base};
+use super::{Factors, Start, from_base};
 use crate::adapter::{Init, Site};
 use crate::{Result, decomposition};
 
-/// Makes the factors of a site.
-pub(super) fn factors(site: &Site, scale: f64, init: &mut Init<'_>) -> Result<Factors> {
-    from_base(site, scale, init, |weight| principal(decomposition::svd(weight)?, site.rank, scale))
+/// PiSSA has no settings.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pissa {}
+
+impl Start for Pissa {
+    const MOVES_BASE: bool = true;
+
+    fn factors(&self, site: &Site, scale: f64, init: &mut Init<'_>) -> Result<Factors> {
+        from_base(site, scale, init, |weight| principal(decomposition::svd(weight)?, site.rank, scale))
+    }
 }
 
 /// B and A from the leading `rank` triplets of (U, S, V^T).

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::lora::{Lora, LoraLayer};
-use crate::adapter::{Adapter, Init, Method, Site};
+use crate::adapter::{Adapter, Evidence, Init, Method, Site, Wanted};
 use crate::low_rank::{Gain, LowRankView};
 use crate::{Flow, ParameterMap, Result};
 
@@ -30,6 +30,14 @@ impl Method for Dora {
         let lora = self.0.factors(site, init)?;
         let magnitude = init.trainable("lora_magnitude_vector", site.d_out, |_, _, _| row_norms(&site.base, &lora))?;
         Ok(DoraLayer { lora, magnitude, base_square: OnceLock::new() })
+    }
+
+    fn wanted(&self) -> Option<Wanted> {
+        self.0.wanted()
+    }
+
+    fn starts(&self, site: &Site, evidence: &Evidence<'_>) -> Result<Vec<(String, Tensor)>> {
+        self.0.starts(site, evidence)
     }
 
     fn rank_and_alpha(&self) -> (usize, f64) {

@@ -12,8 +12,7 @@ use espalier_kernels::frozen::FrozenWeight;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Adapter, Init, Method, Site};
-use crate::low_rank::{flatten, unflatten};
-use crate::{Error, Flow, ParameterMap, Result};
+use crate::{Error, Flow, ParameterMap, Result, weight_space};
 
 /// Full fine-tuning has no settings.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -49,9 +48,7 @@ impl FullLayer {
 
 impl Adapter for FullLayer {
     fn forward(&self, _base: &Arc<FrozenWeight>, x: &Tensor, _flow: &Flow) -> Result<Tensor> {
-        let (rows, leading) = flatten(x)?;
-        let y = rows.to_dtype(self.weight.dtype())?.matmul(&self.weight.t()?)?;
-        Ok(unflatten(&y, &leading)?.to_dtype(x.dtype())?)
+        weight_space::product(x, &self.weight)
     }
 
     fn delta(&self, base: &Arc<FrozenWeight>) -> Result<Option<Tensor>> {

@@ -12,7 +12,7 @@ use espalier_kernels::frozen::FrozenWeight;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Init, Method, Site, checked_dropout};
+use crate::adapter::{Adapter, Evidence, Init, Method, Site, Wanted, checked_dropout};
 use crate::initialisation::{Factors, Initialisation, Moved, INITIALISATIONS};
 use crate::low_rank::LowRankView;
 use crate::parameter::Role;
@@ -36,7 +36,7 @@ pub struct Lora {
 
 impl Default for Lora {
     fn default() -> Self {
-        Self { r: 8, alpha: 16.0, rslora: false, dropout: 0.0, init: Initialisation::Default }
+        Self { r: 8, alpha: 16.0, rslora: false, dropout: 0.0, init: Initialisation::default() }
     }
 }
 
@@ -105,7 +105,7 @@ impl Lora {
         };
         let init = match take("init_lora_weights") {
             Some(v) => Initialisation::from_peft(&v)?,
-            None => Initialisation::Default,
+            None => Initialisation::default(),
         };
         Ok(Some(Self { r, alpha, rslora, dropout, init }))
     }
@@ -137,6 +137,16 @@ impl Method for Lora {
         all
     }
 
+    fn wanted(&self) -> Option<Wanted> {
+        self.init.wanted()
+    }
+
+    fn starts(&self, site: &Site, evidence: &Evidence<'_>) -> Result<Vec<(String, Tensor)>> {
+        let (name_a, name_b) = LoraLayer::names(site.lookup);
+        let (a, b) = self.init.from_evidence(site, self.scale(site), evidence)?;
+        Ok(vec![(name_a.to_owned(), a), (name_b.to_owned(), b)])
+    }
+
     fn rank_and_alpha(&self) -> (usize, f64) {
         (self.r, self.alpha)
     }
@@ -147,7 +157,7 @@ impl Method for Lora {
         }
         let factor = if self.rslora { std::f64::consts::SQRT_2 } else { 2.0 };
         let plain =
-            Self { r: 2 * self.r, alpha: factor * self.alpha, init: Initialisation::Default, ..self.clone() };
+            Self { r: 2 * self.r, alpha: factor * self.alpha, init: Initialisation::default(), ..self.clone() };
         Some((plain, 2, factor))
     }
 

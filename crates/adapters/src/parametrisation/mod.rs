@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Init, Method, Site};
+use crate::adapter::{Adapter, Evidence, Init, Method, Site, Wanted};
 use crate::{Error, Result};
 
 macro_rules! methods {
@@ -59,6 +59,23 @@ macro_rules! methods {
                 [$(<$module::$config as Method>::TENSORS),*].into_iter().flatten().copied()
             }
 
+            /// What must be known of the data before a new adapter can be made.
+            pub fn wanted(&self) -> Option<Wanted> {
+                match self { $(Self::$config(method) => method.wanted(),)* }
+            }
+
+            /// The tensors that a new layer at `site` starts with, by their names there, from what is known of the data.
+            ///
+            /// # Errors
+            /// If the evidence has another shape, or a decomposition fails.
+            pub fn starts(
+                &self,
+                site: &Site,
+                evidence: &Evidence<'_>,
+            ) -> Result<Vec<(String, candle_core::Tensor)>> {
+                match self { $(Self::$config(method) => method.starts(site, evidence),)* }
+            }
+
             /// Rank and scaling numerator before patterns.
             pub fn rank_and_alpha(&self) -> (usize, f64) {
                 match self { $(Self::$config(method) => method.rank_and_alpha(),)* }
@@ -76,6 +93,11 @@ macro_rules! methods {
             /// Whether an adapter so set up changes nothing before it is trained.
             pub fn starts_at_base(&self) -> bool {
                 match self { $(Self::$config(method) => method.starts_at_base(),)* }
+            }
+
+            /// Takes from the tensors of a file what its settings do not say.
+            pub fn settle(&mut self, tensors: &std::collections::BTreeMap<String, candle_core::Tensor>) {
+                match self { $(Self::$config(method) => method.settle(tensors),)* }
             }
 
             /// The method of portable parameters, with the factors on ranks and alphas.
@@ -117,8 +139,14 @@ macro_rules! methods {
 }
 
 methods! {
+    /// Low-rank adaptation in blocks that share one down-projection.
+    block_lora::BlockLora = "block-lora";
     /// Orthogonal maps of the inputs as products of sparse ones, and factors on the outputs.
     boft::Boft = "boft";
+    /// A block matrix multiplied into the frozen weight's blocks and added to them; MiSS.
+    bone::Bone = "bone";
+    /// Low-rank adaptation with a gate for every rank.
+    codyra::Codyra = "codyra";
     /// Weight-decomposed low-rank adaptation.
     dora::Dora = "dora";
     /// Few entries of the change's spectrum.
@@ -133,8 +161,14 @@ methods! {
     lokr::Lokr = "lokr";
     /// Low-rank adaptation.
     lora::Lora = "lora";
+    /// A small trained matrix between frozen factors; LoRA-SB.
+    lora_xs::LoraXs = "lora-xs";
+    /// Factors mixed from random matrices that a seed gives.
+    nola::Nola = "nola";
     /// Orthogonal maps of the inputs in blocks.
     oft::Oft = "oft";
+    /// A full-rank change from diagonal factors of frozen random products.
+    randlora::RandLora = "randlora";
     /// Low-rank factors put together from vectors that all layers share.
     vblora::Vblora = "vblora";
     /// One frozen random pair shared by all layers, two trained vectors in each.

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Attached, Origin, attach};
+use espalier_adapters::adapter::EvidenceKind;
+use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::hash::of_parts;
 use espalier_adapters::formats::safetensors::{MappedFile, bytes_of};
 use espalier_adapters::module::NormKind;
 use espalier_adapters::random::{normal, stream};
 use espalier_adapters::{
-    AdapterConfig, AdapterSet, Embedding, Flow, FrozenWeight, Host, Linear, ModuleMut, Norm, Result,
+    AdapterConfig, AdapterSet, Embedding, Flow, FrozenWeight, Host, Linear, ModuleMut, Norm, Result, Site,
 };
 
 pub(crate) const VOCAB: usize = 11;
@@ -82,9 +83,26 @@ impl Host for Toy {
     }
 }
 
+/// What the data of no task says at a site, for methods that start from data: of full rank, and not even.
+pub(crate) fn evidence(config: &AdapterConfig) -> impl FnMut(&Site) -> Result<Tensor> {
+    let kind = config.method.wanted().map(|wanted| wanted.kind);
+    move |site| {
+        let draw = |shape| normal(&mut stream(11, &site.path), 0.3, shape, &Device::Cpu);
+        match kind {
+            Some(EvidenceKind::Gradient) => draw((site.d_out, site.d_in)),
+            _ => draw((site.d_in, site.d_in)).and_then(|x| Ok(x.matmul(&x.t()?)?)),
+        }
+    }
+}
+
 /// A new adapter for `host`.
 pub(crate) fn fresh(host: &mut dyn Host, config: &AdapterConfig, seed: u64, dtype: DType) -> Attached {
-    attach(host, config, Origin::Seed(seed), dtype, &Device::Cpu).unwrap()
+    try_fresh(host, config, seed, dtype).unwrap()
+}
+
+/// A new adapter for `host`, or why there is none.
+pub(crate) fn try_fresh(host: &mut dyn Host, config: &AdapterConfig, seed: u64, dtype: DType) -> Result<Attached> {
+    attach_from_data(host, config, (seed, 1e-3), dtype, &Device::Cpu, &mut evidence(config))
 }
 
 /// Moves every trainable tensor off its start.
