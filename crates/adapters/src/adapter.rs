@@ -48,6 +48,14 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         view.map(|view| view.lookup(ids)).transpose()
     }
 
+    /// Factors `[d_out]` on the map's bias, for methods that scale whole outputs; None where the bias stays as it is.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn bias_gain(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// Named parameters, trainable or frozen, in the on-disk naming of the method.
     fn parameters(&self) -> ParameterMap;
 
@@ -88,6 +96,18 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
 
     /// What PEFT calls the method and its settings; None where PEFT lacks it.
     const PEFT: Option<PeftNames> = None;
+
+    /// Endings of the names that the method's tensors have in files.
+    const TENSORS: &'static [&'static str] = &[];
+
+    /// Looks at the paths of all sites before the first layer is made, for settings that name modules.
+    ///
+    /// # Errors
+    /// If such a setting names none of them.
+    fn check_sites(&self, paths: &[&str]) -> Result<()> {
+        let _ = paths;
+        Ok(())
+    }
 
     /// Makes the layer for `site`; every tensor comes from `init`, which draws it (a new adapter) or takes it from a file
     /// (a saved one), so that one code path serves both.

@@ -117,7 +117,9 @@ fn place(survey: &Survey, config: &AdapterConfig) -> Result<Placement> {
     if let Some((key, what, _)) = patterns.iter().find(|(.., idle)| *idle) {
         return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
     }
-    config.targets.place(&survey.candidates, rank, alpha)
+    let placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    config.method.check_sites(&placement.sites.iter().map(|s| s.path.as_str()).collect::<Vec<_>>())?;
+    Ok(placement)
 }
 
 impl Site {

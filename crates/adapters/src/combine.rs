@@ -67,6 +67,20 @@ impl Adapter for WeightedSum {
         Ok(sum)
     }
 
+    /// 1 + sum_i w_i (g_i - 1).
+    fn bias_gain(&self) -> Result<Option<Tensor>> {
+        let mut sum: Option<Tensor> = None;
+        for (weight, part) in &self.parts {
+            let Some(gain) = part.bias_gain()? else { continue };
+            let change = ((gain.to_dtype(DType::F32)? - 1.0)? * *weight)?;
+            sum = Some(match sum {
+                Some(sum) => (sum + change)?,
+                None => (change + 1.0)?,
+            });
+        }
+        Ok(sum)
+    }
+
     fn parameters(&self) -> ParameterMap {
         let mut map = ParameterMap::new();
         for (i, (_, part)) in self.parts.iter().enumerate() {

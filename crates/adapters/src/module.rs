@@ -47,8 +47,16 @@ impl Dense {
         self.trained = trained;
     }
 
-    /// Makes the values in use the base's own (merging).
-    pub fn bake(&mut self) -> Result<()> {
+    /// The values in use times `gain`, in the gain's dtype.
+    fn scaled(&self, gain: &Tensor) -> Result<Tensor> {
+        Ok(self.get().to_dtype(gain.dtype())?.mul(gain)?)
+    }
+
+    /// Makes the values in use the base's own (merging), times `gain` where there is one.
+    pub(crate) fn bake(&mut self, gain: Option<&Tensor>) -> Result<()> {
+        if let Some(gain) = gain {
+            self.trained = Some(self.scaled(gain)?);
+        }
         if let Some(trained) = self.trained.take() {
             self.frozen = trained.detach().to_dtype(self.frozen.dtype())?;
         }
@@ -97,13 +105,28 @@ impl Linear {
             None => self.base.forward(x)?,
         };
         match &self.bias {
-            Some(bias) => Ok(y.broadcast_add(&bias.get().to_dtype(y.dtype())?)?),
+            Some(bias) => Ok(y.broadcast_add(&self.adapted_bias(bias)?.to_dtype(y.dtype())?)?),
             None => Ok(y),
         }
     }
 
+    fn adapted_bias(&self, bias: &Dense) -> Result<Tensor> {
+        match self.bias_gain()? {
+            Some(gain) => bias.scaled(&gain),
+            None => Ok(bias.get().clone()),
+        }
+    }
+
+    /// Factors of the adapter on the bias, where the map has one and the adapter scales it.
+    pub(crate) fn bias_gain(&self) -> Result<Option<Tensor>> {
+        match (&self.adapter, &self.bias) {
+            (Some(adapter), Some(_)) => adapter.bias_gain(),
+            _ => Ok(None),
+        }
+    }
+
     /// The map as it takes part in a fused operation; None where it has no such form now: a trained bias, a method that is no
-    /// low-rank product, dropout between, or sequences that go through different adapters.
+    /// low-rank product or scales the bias, dropout between, or sequences that go through different adapters.
     ///
     /// # Errors
     /// If a derived gain cannot be computed.
@@ -122,6 +145,9 @@ impl Linear {
         };
         let Some(adapter) = adapter else { return Ok(Some(Projected { projection: plain, factors: None })) };
         if flow.train && adapter.dropout() > 0.0 {
+            return Ok(None);
+        }
+        if plain.bias.is_some() && adapter.bias_gain()?.is_some() {
             return Ok(None);
         }
         let Some(view) = adapter.low_rank(&self.base)? else { return Ok(None) };

@@ -160,10 +160,13 @@ impl AdapterSet {
     /// If a name is unknown, or one of them changes more than linear maps.
     pub fn activate_by_row(&mut self, host: &mut dyn Host, wanted: &[Option<&str>]) -> Result<()> {
         let chosen = self.chosen(wanted)?;
-        let (mut tables, mut found) = (BTreeSet::new(), BTreeSet::new());
+        let (mut tables, mut found, mut biased) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         host.walk(&mut |module| {
             match module {
-                ModuleMut::Linear(linear) => found.insert(linear.path().to_owned()),
+                ModuleMut::Linear(linear) => {
+                    biased.extend(linear.bias().map(|_| linear.path().to_owned()));
+                    found.insert(linear.path().to_owned())
+                }
                 other => tables.insert(other.path().to_owned()),
             };
             Ok(())
@@ -172,6 +175,12 @@ impl AdapterSet {
             let Some(adapter) = adapter else { continue };
             let whole = adapter.dense.iter().map(|d| d.path.clone()).chain(adapter.rows.iter().map(|(p, _)| p.clone()));
             let other = adapter.layers.keys().filter(|path| !found.contains(*path)).cloned();
+            for (path, layer) in adapter.layers.iter().filter(|(path, _)| biased.contains(*path)) {
+                if layer.bias_gain()?.is_some() {
+                    let what = format!("adapter {} beside others in one batch", name.unwrap_or_default());
+                    return Err(Error::unsupported(what, format!("it scales the bias of {path}; activate it alone")));
+                }
+            }
             if let Some(path) = whole.chain(other).next() {
                 let what = format!("adapter {} beside others in one batch", name.unwrap_or_default());
                 return Err(Error::unsupported(
@@ -205,6 +214,7 @@ impl AdapterSet {
             let path = module.path().to_owned();
             match module {
                 ModuleMut::Linear(linear) => {
+                    let mut gain = None;
                     if let Some(adapter) = linear.adapter().cloned() {
                         let Some(delta) = adapter.delta(linear.base())? else {
                             return Err(Error::unsupported(
@@ -213,6 +223,7 @@ impl AdapterSet {
                             ));
                         };
                         let weight = merged_weight(linear.base(), &delta, dtype)?;
+                        gain = linear.bias_gain()?;
                         merged.weights.insert(path.clone(), linear.base().clone());
                         linear.set_base(Arc::new(weight))?;
                         linear.set_adapter(None);
@@ -220,15 +231,15 @@ impl AdapterSet {
                     }
                     if let Some(bias) = linear.bias_mut() {
                         merged.dense.insert((path, "bias"), bias.frozen().clone());
-                        bias.bake()?;
+                        bias.bake(gain.as_ref())?;
                     }
                 }
                 ModuleMut::Norm(norm) => {
                     merged.dense.insert((path.clone(), "weight"), norm.weight().frozen().clone());
-                    norm.weight_mut().bake()?;
+                    norm.weight_mut().bake(None)?;
                     if let Some(bias) = norm.bias_mut() {
                         merged.dense.insert((path, "bias"), bias.frozen().clone());
-                        bias.bake()?;
+                        bias.bake(None)?;
                     }
                 }
                 ModuleMut::Embedding(embedding) => {

@@ -120,7 +120,7 @@ fn regex(key: &'static str, text: &str) -> Result<Regex> {
     Regex::new(text).map_err(|e| Error::config(key, format!("`{text}` is not a regular expression: {e}")))
 }
 
-fn full(key: &'static str, text: &str) -> Result<Regex> {
+pub(crate) fn full(key: &'static str, text: &str) -> Result<Regex> {
     regex(key, &format!("^(?:{text})$"))
 }
 
@@ -259,6 +259,6 @@ impl TargetSpec {
 }
 
 /// PEFT's rule for pattern keys: the key, a regular expression, ends the path at a dot.
-fn pattern_key(name: &'static str, key: &str) -> Result<Regex> {
+pub(crate) fn pattern_key(name: &'static str, key: &str) -> Result<Regex> {
     regex(name, &format!(r"^(?:.*\.)?(?:{key})$"))
 }

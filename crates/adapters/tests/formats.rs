@@ -11,6 +11,7 @@ use common::{Toy, fresh, perturb};
 use espalier_adapters::formats::folder::{self, WEIGHTS_FILE};
 use espalier_adapters::formats::peft_config::{from_json, to_json};
 use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::parametrisation::lora::Lora;
 use espalier_adapters::{AdapterConfig, MethodConfig, Result};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
@@ -20,7 +21,8 @@ const A: &str = "base_model.model.model.layers.0.up_proj.lora_A.weight";
 /// A saved LoRA of the toy: its folder, and its tensors by their names in the file.
 fn saved() -> (tempfile::TempDir, BTreeMap<String, Tensor>) {
     let mut toy = Toy::new(DType::F32);
-    let adapter = fresh(&mut toy, &AdapterConfig::new(MethodConfig::by_name("lora").unwrap()), 1, DType::F32);
+    let adapter =
+        fresh(&mut toy, &AdapterConfig::new(MethodConfig::Lora(Lora { r: 6, ..Lora::default() })), 1, DType::F32);
     perturb(&adapter, 2);
     let temp = tempfile::tempdir().unwrap();
     folder::save(&mut toy, &adapter, temp.path()).unwrap();
@@ -242,7 +244,7 @@ fn values_of_the_wrong_kind_are_refused_by_key() {
         ("trainable_token_indices", json!("x")),
         ("task_type", json!("POETRY")),
         ("base_model_name_or_path", json!(1)),
-        ("peft_type", json!("LOHA")),
+        ("peft_type", json!("POLY")),
     ] {
         let message = config_with(key, value.clone()).expect_err(key).to_string();
         assert!(message.starts_with(key), "{key} = {value}: {message}");

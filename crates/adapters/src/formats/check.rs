@@ -73,8 +73,14 @@ pub fn check(path: &Path, alpha: Option<f64>) -> Report {
                 count(&files.tensors, &mut report);
             }
             report.method = Some(files.config.method.name().to_owned());
-            pairs(&files, &mut report);
-            if report.faults.is_empty()
+            let paired = files.config.method.tensors().is_empty();
+            if paired {
+                pairs(&files, &mut report)
+            } else {
+                named(&files, &mut report)
+            }
+            if paired
+                && report.faults.is_empty()
                 && let Err(error) = outlined(files)
             {
                 report.fault(error);
@@ -161,6 +167,37 @@ fn wanted_ranks(config: &AdapterConfig, paths: &[(String, bool)]) -> Result<BTre
     let (rank, alpha) = config.method.rank_and_alpha();
     let placement = config.targets.place(&candidates, rank, alpha)?;
     Ok(placement.sites.into_iter().map(|s| (s.path, s.rank)).collect())
+}
+
+/// Whether every tensor has a name that the method gives, at a module that the settings name. Widths do not show in the tensors of
+/// every method, so that shapes are judged with a base alone.
+fn named(files: &AdapterFiles, report: &mut Report) {
+    let own = files.config.method.tensors();
+    let mut sites: Vec<(String, bool)> = Vec::new();
+    for name in files.tensors.keys() {
+        let path = module_of(name);
+        let part = name.strip_prefix(path).unwrap_or(name).trim_start_matches('.');
+        if own.contains(&part) {
+            sites.push((path.to_owned(), false));
+        } else if name.contains('.') && !["weight", "bias", "trainable_tokens_delta"].contains(&part) {
+            report.fault(format!("tensor `{name}`: {} has none of that name", files.config.method.name()));
+        }
+    }
+    sites.dedup();
+    report.sites = sites.len();
+    report.notes.push("shapes of this method's tensors are judged with the base alone".into());
+    if sites.is_empty() {
+        report.fault(format!("no module has a tensor of {}", files.config.method.name()));
+        return;
+    }
+    match wanted_ranks(&files.config, &sites) {
+        Err(error) => report.fault(error),
+        Ok(wanted) => {
+            for (path, _) in sites.iter().filter(|(path, _)| !wanted.contains_key(path)) {
+                report.fault(format!("{path}: adapted in the file, but no target of the settings"));
+            }
+        }
+    }
 }
 
 /// Whether every A has its B, of one rank, the one that the settings say.

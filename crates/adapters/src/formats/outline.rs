@@ -8,6 +8,7 @@ use espalier_kernels::frozen::FrozenWeight;
 
 use crate::config::{AdapterConfig, TokenIndices};
 use crate::module::{Embedding, Host, Linear, ModuleMut, Norm, NormKind};
+use crate::parametrisation::MethodConfig;
 use crate::{Error, Result};
 
 /// Modules made from the names and shapes of an adapter's tensors.
@@ -110,7 +111,9 @@ pub(super) fn module_of(name: &str) -> &str {
         ".weight",
         ".bias",
     ];
-    parts.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name)
+    let own = |end: &str| name.strip_suffix(end)?.strip_suffix('.');
+    let of_method = MethodConfig::tensor_names().find_map(own);
+    of_method.or_else(|| parts.iter().find_map(|end| name.strip_suffix(end))).unwrap_or(name)
 }
 
 impl Host for Outline {

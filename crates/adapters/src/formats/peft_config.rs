@@ -27,6 +27,7 @@ const INFORMATIVE: &[&str] = &[
     "lora_ga_config",
     "transformers_version",
     "init_weights",
+    "init_ia3_weights",
 ];
 
 /// `peft_type` of methods that PEFT lacks.

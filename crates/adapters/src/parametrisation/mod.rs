@@ -38,6 +38,27 @@ macro_rules! methods {
                 match self { $(Self::$config(method) => Ok(std::sync::Arc::new(method.attach(site, init)?)),)* }
             }
 
+            /// Looks at the paths of all sites before the first layer is made.
+            ///
+            /// # Errors
+            /// If a setting names none of them.
+            pub fn check_sites(&self, paths: &[&str]) -> Result<()> {
+                match self { $(Self::$config(method) => method.check_sites(paths),)* }
+            }
+
+            /// Endings of the names that the method's tensors have in files, where it says so.
+            pub fn tensors(&self) -> &'static [&'static str] {
+                fn of<M: Method>(_: &M) -> &'static [&'static str] {
+                    M::TENSORS
+                }
+                match self { $(Self::$config(method) => of(method),)* }
+            }
+
+            /// Endings of the names that tensors of any method have in files.
+            pub fn tensor_names() -> impl Iterator<Item = &'static str> {
+                [$(<$module::$config as Method>::TENSORS),*].into_iter().flatten().copied()
+            }
+
             /// What must be known of the data before a new adapter can be made.
             pub fn wanted(&self) -> Option<Wanted> {
                 match self { $(Self::$config(method) => method.wanted(),)* }
@@ -120,20 +141,36 @@ macro_rules! methods {
 methods! {
     /// Low-rank adaptation in blocks that share one down-projection.
     block_lora::BlockLora = "block-lora";
+    /// Orthogonal maps of the inputs as products of sparse ones, and factors on the outputs.
+    boft::Boft = "boft";
     /// A block matrix multiplied into the frozen weight's blocks and added to them; MiSS.
     bone::Bone = "bone";
     /// Low-rank adaptation with a gate for every rank.
     codyra::Codyra = "codyra";
     /// Weight-decomposed low-rank adaptation.
     dora::Dora = "dora";
+    /// Few entries of the change's spectrum.
+    fourierft::Fourierft = "fourierft";
+    /// Chains of Householder reflections of the inputs.
+    hra::Hra = "hra";
+    /// Learned factors on the outputs of maps, or on the inputs of feed-forward ones.
+    ia3::Ia3 = "ia3";
+    /// The entrywise product of two low-rank matrices.
+    loha::Loha = "loha";
+    /// The Kronecker product of a small matrix and a low-rank one.
+    lokr::Lokr = "lokr";
     /// Low-rank adaptation.
     lora::Lora = "lora";
     /// A small trained matrix between frozen factors; LoRA-SB.
     lora_xs::LoraXs = "lora-xs";
     /// Factors mixed from random matrices that a seed gives.
     nola::Nola = "nola";
+    /// Orthogonal maps of the inputs in blocks.
+    oft::Oft = "oft";
     /// A full-rank change from diagonal factors of frozen random products.
     randlora::RandLora = "randlora";
+    /// Low-rank factors put together from vectors that all layers share.
+    vblora::Vblora = "vblora";
     /// One frozen random pair shared by all layers, two trained vectors in each.
     vera::Vera = "vera";
     /// Every weight of the target modules, densely.

@@ -55,6 +55,7 @@ impl Method for Vera {
 
     const PEFT: Option<PeftNames> =
         Some(PeftNames { kind: "VERA", keys: &[("dropout", "vera_dropout")], fixed: &[] });
+    const TENSORS: &'static [&'static str] = &["vera_lambda_b", "vera_lambda_d"];
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<VeraLayer> {
         site.refuse_lookup("vera")?;

@@ -6,9 +6,14 @@
 //! Source:   M. Matsumoto, T. Nishimura, ACM TOMACS 8 (1998); values compared with torch 2
 //! Cost:     one word a draw
 
+use std::collections::HashMap;
+
 use candle_core::{Device, Shape, Tensor};
 
 use crate::Result;
+
+/// Permutations from this length on are drawn another way by torch.
+pub const LONGEST: usize = u32::MAX as usize / 20;
 
 const WORDS: usize = 624;
 const SHIFT: usize = 397;
@@ -69,15 +74,21 @@ impl TorchGenerator {
         Ok(Tensor::from_vec(values, shape.clone(), device)?)
     }
 
-    /// The first `count` of `torch.randperm(n, generator=...)`.
+    /// The first `count` of `torch.randperm(n, generator=...)`, for `n` below [`LONGEST`]. What is swapped to the front stays
+    /// there, so that only the places that were touched are kept.
     pub fn permutation(&mut self, n: usize, count: usize) -> Vec<u32> {
-        let mut order: Vec<u32> = (0..n as u32).collect();
-        for i in 0..n.saturating_sub(1) {
-            let z = self.word() as usize % (n - i);
-            order.swap(i, z + i);
+        let count = count.min(n);
+        let mut moved = HashMap::new();
+        let mut first = Vec::with_capacity(count);
+        for i in 0..count {
+            let from = if i + 1 < n { i + self.word() as usize % (n - i) } else { i };
+            let here = moved.remove(&i).unwrap_or(i as u32);
+            match from == i {
+                true => first.push(here),
+                false => first.push(moved.insert(from, here).unwrap_or(from as u32)),
+            }
         }
-        order.truncate(count);
-        order
+        first
     }
 }
 

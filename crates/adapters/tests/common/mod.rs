@@ -16,8 +16,8 @@ use espalier_adapters::{
 };
 
 pub(crate) const VOCAB: usize = 11;
-pub(crate) const WIDTH: usize = 6;
-pub(crate) const INNER: usize = 10;
+pub(crate) const WIDTH: usize = 8;
+pub(crate) const INNER: usize = 16;
 pub(crate) const OUT: usize = 5;
 pub(crate) const IDS: [u32; 7] = [3, 0, 10, 3, 7, 1, 5];
 
