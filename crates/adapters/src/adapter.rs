@@ -1,6 +1,7 @@
 //! The one abstraction: how a frozen linear map is adapted, and how a method makes such an adapter.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
@@ -54,6 +55,16 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// If a derived gain cannot be computed.
     fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView<'_>>> {
         let _ = base;
+        Ok(None)
+    }
+
+    /// The change of the outputs `rows` alone: an adapter of the map that those rows of the base are. None where an output's weights
+    /// change with more than their own row, or are no weights; a merge then needs the matrix as a whole.
+    ///
+    /// # Errors
+    /// If there are no such rows.
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let _ = rows;
         Ok(None)
     }
 
@@ -209,7 +220,11 @@ impl Init<'_> {
                 }
             },
         };
-        let values = values.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
+        let values = {
+            // What came is let go of before the variable's own copy is made.
+            let came = values;
+            came.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?
+        };
         Ok(Var::from_tensor(&values)?.as_tensor().clone())
     }
 
@@ -227,5 +242,18 @@ impl Init<'_> {
     /// As [`Self::trainable`].
     pub fn copy_of(&mut self, name: &str, values: &Tensor) -> Result<Tensor> {
         self.trainable(name, values.shape(), |_, _, _| Ok(values.detach()))
+    }
+
+    /// A trainable tensor that starts as what `values` gives, which is not asked where a file has the tensor.
+    ///
+    /// # Errors
+    /// As [`Self::trainable`].
+    pub fn copy_with(
+        &mut self,
+        name: &str,
+        shape: impl Into<Shape>,
+        values: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.trainable(name, shape, |_, _, _| values())
     }
 }

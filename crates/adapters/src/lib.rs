@@ -28,6 +28,7 @@ pub mod random;
 pub mod set;
 pub mod target;
 pub mod tied;
+pub mod written;
 
 pub use adapter::{Adapter, Init, Method, Site};
 pub use config::AdapterConfig;

@@ -11,6 +11,7 @@ use crate::attach::{Attached, merged_weight};
 use crate::by_row::ByRow;
 use crate::combine::WeightedSum;
 use crate::module::{Host, ModuleMut};
+use crate::written::no_weight;
 use crate::{Error, Result};
 
 /// Named adapters of one base model, and which of them act.
@@ -206,12 +207,7 @@ impl AdapterSet {
             match module {
                 ModuleMut::Linear(linear) => {
                     if let Some(adapter) = linear.adapter().cloned() {
-                        let Some(delta) = adapter.delta(linear.base())? else {
-                            return Err(Error::unsupported(
-                                format!("merging the adapter of {path}"),
-                                "its change depends on the input, so it is not a weight; keep it beside the base",
-                            ));
-                        };
+                        let Some(delta) = adapter.delta(linear.base())? else { return Err(no_weight(&path)) };
                         let weight = merged_weight(linear.base(), &delta, dtype)?;
                         merged.weights.insert(path.clone(), linear.base().clone());
                         linear.set_base(Arc::new(weight))?;

@@ -1,12 +1,12 @@
-//! Adapters written and read back: their scores on a probe must be those of the adapter in memory.
+//! Adapters written and read back: their scores on a probe must be those of the adapter they were made from.
 
 use std::path::Path;
 
-use candle_core::DType;
+use espalier_adapters::formats::atomic;
 use espalier_adapters::formats::forms::{self, Form};
-use espalier_adapters::formats::{atomic, folder};
-use espalier_adapters::{AdapterSet, Host};
-use espalier_models::Model;
+use espalier_adapters::formats::folder::Saved;
+use espalier_adapters::formats::piecewise::{Piece, Piecewise};
+use espalier_models::Streamed;
 
 use crate::merge::{WriteOptions, Written};
 use crate::run::model_card::ModelCard;
@@ -15,23 +15,46 @@ use crate::{Error, Result};
 
 const CARD: &str = "README.md";
 
-/// Writes the adapter `name`, which acts alone, into `out` in the layout `form`, with a card where that is a folder, after it was read back and gave the same scores within
-/// the limit. Else `out` stays as it was.
+fn only(adapters: &Piecewise) -> Result<&Piece> {
+    let mut all = adapters.iter();
+    match (all.next(), all.next()) {
+        (Some(piece), None) if piece.weight == 1.0 => Ok(piece),
+        (Some(piece), None) => Err(Error::recipe(
+            "adapter",
+            format!("{} has the weight {}, which has no place in the file; give it without one", piece.name, piece.weight),
+        )),
+        _ => Err(Error::recipe("adapter", format!("{} adapters given; exactly one can be written", adapters.iter().count()))),
+    }
+}
+
+/// Writes the one adapter of `adapters` into `out` in the layout `form`, without a check. The weights of the base are read only
+/// where a part of them is in the adapter's start.
 ///
 /// # Errors
-/// If `out` holds an adapter of another tool, a file cannot be written, or scores differ.
+/// If there is not exactly one at weight 1, `out` holds an adapter of another tool, or a file cannot be written.
+pub fn adapter(model: &mut Streamed, adapters: &Piecewise, form: Form, out: &Path) -> Result<Saved> {
+    forms::claim(form, out, model.provenance().path())?;
+    let piece = only(adapters)?;
+    Ok(model.attached(piece, |host, attached| forms::save(form, host, attached, out))?)
+}
+
+/// As [`adapter`], with a card where the layout is a folder, after it was read back and gave the same scores within the limit. Else
+/// `out` stays as it was.
+///
+/// # Errors
+/// As [`adapter`], and if scores differ.
 pub fn adapter_verified(
-    model: &mut Model,
-    adapters: &mut AdapterSet,
-    (name, form): (&str, Form),
+    model: &mut Streamed,
+    adapters: &Piecewise,
+    form: Form,
     out: &Path,
     options: &WriteOptions,
     probe: &Probe,
 ) -> Result<Written> {
     forms::claim(form, out, model.provenance().path())?;
-    adapters.activate(model, &[(name, 1.0)])?;
-    let reference = probe.scores(model)?;
-    let (device, base_hash) = (model.device().clone(), model.base_hash()?);
+    let piece = only(adapters)?;
+    let reference = probe.sides(model, adapters)?.adapted;
+    let base_hash = model.provenance().hash()?;
     let mut written = None;
     // A layout of one file has no folder for a card.
     let file = if form.names().is_empty() { out.file_name().map(|n| n.to_string_lossy().into_owned()) } else { None };
@@ -41,13 +64,12 @@ pub fn adapter_verified(
     };
     atomic::replace_files(folder, &names, |temp| -> Result<()> {
         let temp = &file.as_ref().map_or_else(|| temp.to_owned(), |name| temp.join(name));
-        let saved = forms::save(form, model, adapters.get(name)?, temp)?;
-        let again = folder::load(model, forms::read(temp, None)?, false, DType::F32, &device)?;
-        let (method, config) = (again.config.method.name(), again.config.clone());
-        let mut set = AdapterSet::new();
-        set.add("again", again)?;
-        set.activate(model, &[("again", 1.0)])?;
-        let comparison = probe.compare(&reference, &probe.scores(model)?)?;
+        let saved = model.attached(piece, |host, attached| forms::save(form, host, attached, temp))?;
+        let again = Piece::open(model.host(), ("again", temp, 1.0), None, false)?;
+        let config = again.config().clone();
+        let mut set = Piecewise::new();
+        set.add(again)?;
+        let comparison = probe.compare(&reference, &probe.sides(model, &set)?.adapted)?;
         if let Some(fault) = comparison.fault(options.limit) {
             return Err(Error::run(out, format!("not written: read back from its files, {fault} ({})", probe.about)));
         }
@@ -55,7 +77,7 @@ pub fn adapter_verified(
             title: out.file_name().map_or_else(|| "adapter".into(), |n| n.to_string_lossy().into_owned()),
             base_model: config.base.clone().unwrap_or_else(|| options.base.clone()),
             base_hash: base_hash.clone(),
-            method: method.to_owned(),
+            method: config.method.name().to_owned(),
             library_name: match form {
                 Form::Mlx => "mlx".into(),
                 _ if config.method.to_peft().is_some() => "peft".into(),
@@ -72,6 +94,5 @@ pub fn adapter_verified(
         written = Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, comparison });
         Ok(())
     })?;
-    adapters.activate(model, &[(name, 1.0)])?;
     written.ok_or_else(|| Error::run(out, "nothing was written"))
 }

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod dynamics;
 pub mod error;
 pub mod export;
+pub mod gain;
 pub mod identity;
 pub mod live;
 pub mod memory;

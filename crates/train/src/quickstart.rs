@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use candle_core::DType;
 use espalier_adapters::formats::folder;
+use espalier_adapters::formats::piecewise::{Piece, Piecewise};
 use espalier_data::synthetic::{self, Generator, QUICKSTART_SKILL, Split};
 use espalier_data::{Message, Row};
 use espalier_infer::{GenerateOptions, end_ids, eval};
-use espalier_models::{LoadOptions, Model};
+use espalier_models::{LoadOptions, Model, Streamed};
 use serde::Serialize;
 
 use crate::merge::{self, WriteOptions};
@@ -168,15 +169,19 @@ pub fn quickstart(
     let reload_agrees = answers(&score(&fresh, &run, few)?) == answers(&score(&run.model, &run, few)?);
     say("5/5 merging the adapter into the base, saving, and asking the saved model");
     let merged_path = out.join("merged");
-    let probe = Probe::made(&fresh, &run.codec, &adapters)?;
+    let load = LoadOptions { dtype: fresh.dtype(), device, ..LoadOptions::cpu() };
+    drop(fresh);
+    let mut base = Streamed::open(&path, &load)?;
+    let mut pieces = Piecewise::new();
+    pieces.add(Piece::open(base.host(), ("saved", &adapter, 1.0), None, false)?)?;
+    let probe = Probe::made(base.config(), &run.codec, &pieces.trained_tokens())?;
     let options = WriteOptions {
         base: run.recipe.model.clone(),
         command: "espalier quickstart".into(),
-        ..WriteOptions::new(&fresh)
+        ..WriteOptions::new(&load)
     };
-    let merged = merge::merge_into_folder(&mut fresh, &mut adapters, &merged_path, &options, &probe)?;
-    let options = LoadOptions { dtype: fresh.dtype(), device, ..LoadOptions::cpu() };
-    let saved = Model::load(&merged_path, &options)?;
+    let merged = merge::merge_into_folder(&mut base, &pieces, &merged_path, &options, &probe)?;
+    let saved = Model::load(&merged_path, &load)?;
     let accuracy_merged = score(&saved, &run, &rows)?.accuracy;
     let result = Quickstart {
         skill: QUICKSTART_SKILL.name().to_owned(),

@@ -2,6 +2,7 @@
 //! crate that opens files.
 
 pub mod atomic;
+mod base_mark;
 pub mod check;
 mod copies;
 pub mod folder;
@@ -12,6 +13,7 @@ pub mod hash;
 mod loralib;
 pub mod mlx;
 mod outline;
+pub mod piecewise;
 pub mod peft_config;
 mod products;
 pub mod safetensors;
