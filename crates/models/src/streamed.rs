@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::attach::Attached;
-use espalier_adapters::formats::piecewise::{Piece, Piecewise};
+use espalier_adapters::formats::piecewise::Piecewise;
 use espalier_adapters::{Dense, FrozenWeight, Host, ModuleMut};
 
 use crate::load::{Provenance, open_source};
@@ -231,23 +231,28 @@ impl Streamed {
         &mut self.model
     }
 
-    /// Hands the whole adapter of `piece` to `take`, made on this base; its weights are in memory meanwhile only where the adapter
-    /// needs them.
+    /// Hands the whole adapters to `take`, made on this base, with their weights; the base's weights are in memory meanwhile only where
+    /// an adapter needs them.
     ///
     /// # Errors
-    /// If the adapter does not fit, or `take` fails.
+    /// If an adapter does not fit, or `take` fails.
     pub fn attached<T>(
         &mut self,
-        piece: &Piece,
-        take: impl FnOnce(&mut dyn Host, &Attached) -> espalier_adapters::Result<T>,
+        adapters: &Piecewise,
+        take: impl FnOnce(&mut dyn Host, &[(&Attached, f64)]) -> espalier_adapters::Result<T>,
     ) -> Result<T> {
         let device = self.model.device.clone();
         let all = |_: &str| true;
-        if piece.needs_base() {
+        if adapters.needs_base() {
             self.store.fill(&mut self.model, &all, &device)?;
         }
-        let attached = piece.attach(&mut self.model, &device);
-        let taken = attached.and_then(|attached| take(&mut self.model, &attached));
+        let model = &mut self.model;
+        let made = || {
+            let attached = adapters.iter().map(|piece| Ok((piece.attach(model, &device)?, piece.weight)));
+            let attached = attached.collect::<espalier_adapters::Result<Vec<_>>>()?;
+            take(model, &attached.iter().map(|(adapter, weight)| (adapter, *weight)).collect::<Vec<_>>())
+        };
+        let taken = made();
         self.store.empty(&mut self.model, &all)?;
         Ok(taken?)
     }

@@ -1,10 +1,10 @@
-//! Adapters written and read back: their scores on a probe must be those of the adapter they were made from.
+//! Adapters, and weighted sums of several, written and read back: their scores on a probe must be those of the adapter they were made from.
 
 use std::path::Path;
 
-use espalier_adapters::formats::atomic;
-use espalier_adapters::formats::forms::{self, Form};
 use espalier_adapters::formats::folder::Saved;
+use espalier_adapters::formats::forms::{self, Form};
+use espalier_adapters::formats::{atomic, sum};
 use espalier_adapters::formats::piecewise::{Piece, Piecewise};
 use espalier_models::Streamed;
 
@@ -15,27 +15,27 @@ use crate::{Error, Result};
 
 const CARD: &str = "README.md";
 
-fn only(adapters: &Piecewise) -> Result<&Piece> {
-    let mut all = adapters.iter();
-    match (all.next(), all.next()) {
-        (Some(piece), None) if piece.weight == 1.0 => Ok(piece),
-        (Some(piece), None) => Err(Error::recipe(
-            "adapter",
-            format!("{} has the weight {}, which has no place in the file; give it without one", piece.name, piece.weight),
-        )),
-        _ => Err(Error::recipe("adapter", format!("{} adapters given; exactly one can be written", adapters.iter().count()))),
-    }
-}
-
-/// Writes the one adapter of `adapters` into `out` in the layout `form`, without a check. The weights of the base are read only
-/// where a part of them is in the adapter's start.
+/// Writes what `adapters` do together as one adapter into `out` in the layout `form`, without a check: one at weight 1 as it is,
+/// else their weighted sum. The weights of the base are read only where a part of them is in an adapter's start.
 ///
 /// # Errors
-/// If there is not exactly one at weight 1, `out` holds an adapter of another tool, or a file cannot be written.
+/// If there is none, the layout cannot hold them, `out` holds an adapter of another tool, or a file cannot be written.
 pub fn adapter(model: &mut Streamed, adapters: &Piecewise, form: Form, out: &Path) -> Result<Saved> {
     forms::claim(form, out, model.provenance().path())?;
-    let piece = only(adapters)?;
-    Ok(model.attached(piece, |host, attached| forms::save(form, host, attached, out))?)
+    save(model, adapters, form, out)
+}
+
+fn save(model: &mut Streamed, adapters: &Piecewise, form: Form, out: &Path) -> Result<Saved> {
+    if adapters.is_empty() {
+        return Err(Error::recipe("adapter", "no adapter was given, so there is none to write"));
+    }
+    Ok(model.attached(adapters, |host, parts| match parts {
+        [(one, weight)] if *weight == 1.0 => forms::save(form, host, one, out),
+        several => {
+            let joined = sum::of(host, several)?;
+            forms::save(form, host, &joined, out)
+        }
+    })?)
 }
 
 /// As [`adapter`], with a card where the layout is a folder, after it was read back and gave the same scores within the limit. Else
@@ -52,7 +52,9 @@ pub fn adapter_verified(
     probe: &Probe,
 ) -> Result<Written> {
     forms::claim(form, out, model.provenance().path())?;
-    let piece = only(adapters)?;
+    if adapters.is_empty() {
+        return Err(Error::recipe("adapter", "no adapter was given, so there is none to write"));
+    }
     let reference = probe.sides(model, adapters)?.adapted;
     let base_hash = model.provenance().hash()?;
     let mut written = None;
@@ -64,7 +66,7 @@ pub fn adapter_verified(
     };
     atomic::replace_files(folder, &names, |temp| -> Result<()> {
         let temp = &file.as_ref().map_or_else(|| temp.to_owned(), |name| temp.join(name));
-        let saved = model.attached(piece, |host, attached| forms::save(form, host, attached, temp))?;
+        let saved = save(model, adapters, form, temp)?;
         let again = Piece::open(model.host(), ("again", temp, 1.0), None, false)?;
         let config = again.config().clone();
         let mut set = Piecewise::new();
@@ -90,8 +92,8 @@ pub fn adapter_verified(
         if file.is_none() {
             card.write(temp.join(CARD))?;
         }
-        let (probe, limit) = (probe.about.clone(), options.limit);
-        written = Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, comparison });
+        let (probe, limit, memory) = (probe.about.clone(), options.limit, None);
+        written = Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, memory, comparison });
         Ok(())
     })?;
     written.ok_or_else(|| Error::run(out, "nothing was written"))

@@ -19,6 +19,7 @@ pub mod plan;
 pub mod quickstart;
 pub mod recipe;
 pub mod reload;
+pub mod resident;
 pub mod run;
 pub mod session;
 pub mod setup;

@@ -12,6 +12,7 @@ use espalier_models::{LoadOptions, Model, ModelConfig, Streamed};
 use serde::Serialize;
 
 use crate::gain::{Gain, GainOptions};
+use crate::resident::{Counter, Peaks};
 use crate::run::model_card::ModelCard;
 use crate::verify::{Comparison, Probe};
 use crate::{Error, Result};
@@ -63,6 +64,9 @@ pub struct Written {
     pub probe: String,
     /// Largest difference allowed.
     pub limit: f64,
+    /// Most memory that this took, where the system counts it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Peaks>,
     /// The model read back from its files against the one it was made from.
     #[serde(flatten)]
     pub comparison: Comparison,
@@ -118,9 +122,16 @@ fn card(out: &Path, config: &ModelConfig, base_hash: String, method: &str, optio
     }
 }
 
-fn written(exported: Exported, options: &WriteOptions, probe: &Probe, comparison: Comparison) -> Written {
+fn written(
+    exported: Exported,
+    options: &WriteOptions,
+    probe: &Probe,
+    comparison: Comparison,
+    counter: &Counter,
+) -> Written {
     let Exported { tensors, files, bytes, .. } = exported;
-    Written { tensors, files, bytes, probe: probe.about.clone(), limit: options.limit, comparison }
+    let (probe, limit, memory) = (probe.about.clone(), options.limit, counter.peaks());
+    Written { tensors, files, bytes, probe, limit, memory, comparison }
 }
 
 /// Writes the base of `model` with what `adapters` do to it into `temp`.
@@ -153,15 +164,20 @@ pub fn copy_into_folder(model: &mut Streamed, out: &Path, options: &WriteOptions
 /// If `out` is not free, a file cannot be written, or scores differ.
 pub fn copy_verified(model: &mut Streamed, out: &Path, options: &WriteOptions, probe: &Probe) -> Result<Written> {
     claim(out, model.provenance().path())?;
+    let mut counter = Counter::begin();
     let reference = probe.sides(model, &Piecewise::new())?.base;
+    counter.end(|peaks| &mut peaks.verification);
     let mut result = None;
     atomic::replace_folder(out, |temp| -> Result<()> {
         let exported = fill(model, &Piecewise::new(), temp, options)?;
+        counter.end(|peaks| &mut peaks.write);
         let comparison = read_back(out, temp, options, probe, &reference)?;
+        counter.end(|peaks| &mut peaks.verification);
         let mut card = card(out, model.config(), model.provenance().hash()?, "copy", options);
         card.facts = comparison.facts(probe, options.limit);
+        card.facts.extend(counter.peaks().map(|peaks| peaks.fact()));
         card.write(temp.join("README.md"))?;
-        result = Some(written(exported, options, probe, comparison));
+        result = Some(written(exported, options, probe, comparison, &counter));
         Ok(())
     })?;
     result.ok_or_else(|| Error::run(out, "nothing was written"))
@@ -174,15 +190,19 @@ pub fn copy_verified(model: &mut Streamed, out: &Path, options: &WriteOptions, p
 /// If `out` is not free, a file cannot be written, or scores differ.
 pub fn model_verified(model: &mut Model, out: &Path, options: &WriteOptions, probe: &Probe) -> Result<Written> {
     claim(out, model.provenance().path())?;
+    let mut counter = Counter::begin();
     let reference = probe.scores(model)?;
+    counter.end(|peaks| &mut peaks.verification);
     let mut result = None;
     atomic::replace_folder(out, |temp| -> Result<()> {
         let exported = model.write(temp, &options.export)?;
         if let Some(tokenizer) = &options.tokenizer {
             copy_companions(tokenizer, temp)?;
         }
+        counter.end(|peaks| &mut peaks.write);
         let comparison = read_back(out, temp, options, probe, &reference)?;
-        result = Some(written(exported, options, probe, comparison));
+        counter.end(|peaks| &mut peaks.verification);
+        result = Some(written(exported, options, probe, comparison, &counter));
         Ok(())
     })?;
     result.ok_or_else(|| Error::run(out, "nothing was written"))
@@ -202,7 +222,9 @@ pub fn merge_into_folder(
     probe: &Probe,
 ) -> Result<MergeReport> {
     claim(out, model.provenance().path())?;
+    let mut counter = Counter::begin();
     let sides = probe.sides(model, adapters)?;
+    counter.end(|peaks| &mut peaks.verification);
     let differences = sides.base.iter().zip(&sides.adapted).map(|(a, b)| max_difference(a, b));
     let adapter_effect = differences.collect::<Result<Vec<f64>>>()?.into_iter().fold(0.0, f64::max);
     if sides.adapted.is_empty() || adapter_effect == 0.0 {
@@ -217,6 +239,7 @@ pub fn merge_into_folder(
     let mut result = None;
     atomic::replace_folder(out, |temp| -> Result<()> {
         let exported = fill(model, adapters, temp, options)?;
+        counter.end(|peaks| &mut peaks.write);
         let comparison = read_back(out, temp, options, probe, &adapted)?;
         let gain = match &options.gain {
             None => None,
@@ -235,9 +258,11 @@ pub fn merge_into_folder(
         ];
         card.facts.extend(comparison.facts(probe, options.limit));
         card.facts.extend(gain.iter().flat_map(Gain::facts));
+        counter.end(|peaks| &mut peaks.verification);
+        card.facts.extend(counter.peaks().map(|peaks| peaks.fact()));
         card.write(temp.join("README.md"))?;
         let unties = exported.unties;
-        let written = written(exported, options, probe, comparison);
+        let written = written(exported, options, probe, comparison, &counter);
         result = Some(MergeReport { modules, unties, adapter_effect, gain, written });
         Ok(())
     })?;

@@ -89,6 +89,29 @@ pub fn recipe(data: &Path, out: &Path, steps: usize) -> Recipe {
     }
 }
 
+/// Writes the training rows into `out` and prepares the run that learns from them there.
+///
+/// # Errors
+/// If a file cannot be written, or the run cannot be prepared.
+pub fn prepare(out: &Path, size: Size) -> Result<Run> {
+    std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+    let data = out.join("train.jsonl");
+    synthetic::write_corpus(&data, size.rows as u64, 1, Split::Train, QUICKSTART_SKILL)
+        .map_err(|e| Error::io(&data, e))?;
+    Run::prepare(recipe(&data, out, size.steps))
+}
+
+/// The unseen rows, to compare models on.
+///
+/// # Errors
+/// If a row cannot be encoded.
+pub fn probe(run: &Run, count: usize) -> Result<Probe> {
+    let rows = test_rows(count)?;
+    let encode = |row| run.codec.encode(row).map_err(|e| Error::recipe("quickstart", e.to_string()));
+    let examples = rows.iter().map(encode).collect::<Result<Vec<_>>>()?;
+    Probe::of_examples(run.model.config(), examples, &format!("the skill `{}`", QUICKSTART_SKILL.name()))
+}
+
 fn test_rows(count: usize) -> Result<Vec<Row>> {
     let generator = Generator::of(QUICKSTART_SKILL, 1, Split::Test);
     (0..count as u64)
@@ -128,11 +151,7 @@ pub fn quickstart(
     stop: &AtomicBool,
 ) -> Result<Quickstart> {
     let began = Instant::now();
-    std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
-    let data = out.join("train.jsonl");
-    synthetic::write_corpus(&data, size.rows as u64, 1, Split::Train, QUICKSTART_SKILL)
-        .map_err(|e| Error::io(&data, e))?;
-    let mut run = Run::prepare(recipe(&data, out, size.steps))?;
+    let mut run = prepare(out, size)?;
     let plan = run.plan(0)?;
     let rows = test_rows(size.test_rows)?;
     say(&format!(

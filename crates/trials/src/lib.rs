@@ -27,6 +27,7 @@ macro_rules! with_trials {
             round_trips;
             merged;
             unmerged;
+            composed;
             same_bits;
             mutated_adapters;
             killed_runs;

@@ -114,10 +114,7 @@ impl Subject {
                 Kind::Example(method) => method.as_ref().clone(),
             };
             let attached = attach(model, &AdapterConfig::new(method), Origin::Seed(1), DType::F32, &Device::Cpu)?;
-            for p in attached.parameters.trainable() {
-                let noise = normal(&mut stream(2, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
-                p.var()?.set(&(p.tensor.detach() + noise)?)?;
-            }
+            off_start(&attached, 2)?;
             Ok(attached)
         };
         made().with_context(|| self.name.clone())
@@ -137,6 +134,18 @@ impl Subject {
         }
         Ok(())
     }
+}
+
+/// Moves every trained tensor of a fresh adapter off its start, by noise of the stream `seed`.
+///
+/// # Errors
+/// If a tensor is no variable.
+pub fn off_start(attached: &Attached, seed: u64) -> Result<()> {
+    for p in attached.parameters.trainable() {
+        let noise = normal(&mut stream(seed, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
+        p.var()?.set(&(p.tensor.detach() + noise)?)?;
+    }
+    Ok(())
 }
 
 /// A set with `adapter` as its only one, acting.

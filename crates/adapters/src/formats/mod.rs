@@ -17,4 +17,5 @@ pub mod piecewise;
 pub mod peft_config;
 mod products;
 pub mod safetensors;
+pub mod sum;
 mod tied;

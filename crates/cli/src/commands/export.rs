@@ -28,7 +28,7 @@ enum Form {
     Model,
 }
 
-/// Saves an adapter in another form (checked against its base), or a base in another dtype.
+/// Saves an adapter in another form, the weighted sum of several as one (checked against their base), or a base in another dtype.
 #[derive(Debug, Args)]
 pub(crate) struct Export {
     #[command(flatten)]
@@ -63,7 +63,8 @@ impl fmt::Display for Report {
         write!(f, "{}: {} tensors, {}", self.path.display(), self.tensors, crate::output::bytes(self.bytes))?;
         let Some(written) = &self.verified else { return Ok(()) };
         writeln!(f)?;
-        super::probe::figures(f, "the files against the model they were made from", &written.comparison, &written.probe)
+        super::probe::figures(f, "the files against the model they were made from", &written.comparison, &written.probe)?;
+        super::probe::memory(f, written.memory)
     }
 }
 

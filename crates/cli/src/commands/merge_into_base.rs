@@ -78,7 +78,8 @@ impl fmt::Display for Merged {
         for (name, value) in m.gain.iter().flat_map(Gain::facts) {
             writeln!(f, "  {}: {value}", name.to_lowercase())?;
         }
-        super::probe::figures(f, "the files against the adapted model", &m.written.comparison, &m.written.probe)
+        super::probe::figures(f, "the files against the adapted model", &m.written.comparison, &m.written.probe)?;
+        super::probe::memory(f, m.written.memory)
     }
 }
 

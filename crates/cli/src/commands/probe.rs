@@ -10,6 +10,7 @@ use espalier_data::{DataOptions, EncodeOptions, Source};
 use espalier_infer::max_length;
 use espalier_models::export::ExportOptions;
 use espalier_train::merge::default_limit;
+use espalier_train::resident::Peaks;
 use espalier_train::verify::{Comparison, Probe};
 
 use super::model_args::Opened;
@@ -73,4 +74,10 @@ pub(crate) fn figures(f: &mut fmt::Formatter<'_>, what: &str, c: &Comparison, pr
         c.loss_difference
     )?;
     write!(f, "  compared on {probe}")
+}
+
+/// The most memory that it took, in a line.
+pub(crate) fn memory(f: &mut fmt::Formatter<'_>, peaks: Option<Peaks>) -> fmt::Result {
+    let Some((name, value)) = peaks.map(|peaks| peaks.fact()) else { return Ok(()) };
+    write!(f, "\n  {}: {value}", name.to_lowercase())
 }
