@@ -35,7 +35,7 @@ def make():
         model.base_model.set_adapter(list(PARTS))
         for module in model.modules():
             for name, weight in PARTS.items():
-                if name in getattr(module, "scaling", {}):
+                if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling:
                     module.scaling[name] *= weight
         logits = model.eval()(input_ids=ids).logits
         ours = PeftModel.from_pretrained(load_base(GOLDEN / "families" / BASE), folder).eval()

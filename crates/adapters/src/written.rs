@@ -16,7 +16,7 @@ use crate::module::{Embedding, Linear};
 use crate::{Error, Result};
 
 /// Values that are worked on at once.
-const CHUNK: usize = 1 << 18;
+const CHUNK: usize = 1 << 16;
 
 /// Gives rows of a weight as the base has them: in its dtype, or in f32 where it is quantised.
 pub type BaseRows<'a> = dyn FnMut(Range<usize>) -> Result<Tensor> + 'a;

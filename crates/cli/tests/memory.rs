@@ -18,8 +18,10 @@ const LARGEST: u64 = 8 * MIB;
 const HIDDEN: usize = 512;
 const WIDE: usize = 2048;
 const VOCAB: usize = 4096;
-/// What the program needs on its own, threads and buffers included, above the floor that it reports.
-const SLACK: u64 = 8 * MIB;
+/// What the program needs on its own above what it has when it begins: its code as it is used, threads, buffers of rows.
+const FLOOR: u64 = 24 * MIB;
+/// What two runs may differ by.
+const NOISE: u64 = 4 * MIB;
 
 /// A tensor whose values repeat, so that it is made at once.
 fn pattern(shape: &[usize]) -> Tensor {
@@ -99,13 +101,14 @@ fn a_merge_of_a_larger_model_takes_no_more_memory() {
     let bytes = std::fs::metadata(large.join("model.safetensors")).unwrap().len();
     assert!(bytes > 110 * MIB, "{bytes}");
     let (write, compare) = above(&merged(&large, "merged", &[]));
-    assert!(write <= 2 * LARGEST + SLACK, "writing took {} MiB above the program", write / MIB);
+    assert!(write <= 2 * LARGEST + FLOOR, "writing took {} MiB above the program", write / MIB);
+    let (small_write, small_compare) = above(&merged(&small, "merged", &[]));
+    assert!(write <= small_write + NOISE, "writing took {} and {} MiB", write / MIB, small_write / MIB);
     // A block or the table with its scores at a time.
-    let (_, of_small) = above(&merged(&small, "merged", &[]));
-    assert!(compare <= of_small + LARGEST, "comparing took {} and {} MiB", compare / MIB, of_small / MIB);
+    assert!(compare <= small_compare + NOISE, "comparing took {} and {} MiB", compare / MIB, small_compare / MIB);
     assert!(compare < bytes / 2, "comparing took {} of {} MiB", compare / MIB, bytes / MIB);
     let (write, _) = above(&merged(&large, "bf16", &["--save-dtype", "bf16", "--quantization", "nf4-double"]));
-    assert!(write <= 2 * LARGEST + SLACK, "writing NF4 as bf16 took {} MiB above the program", write / MIB);
+    assert!(write <= 2 * LARGEST + FLOOR, "writing NF4 as bf16 took {} MiB above the program", write / MIB);
     // What was merged with the model in memory part by part acts as the adapter does with the model in memory whole.
     let ids = temp.path().join("ids.safetensors");
     let row = Tensor::from_vec((0..24i64).map(|i| i * 131 % 4096).collect(), (1, 24), &Device::Cpu).unwrap();

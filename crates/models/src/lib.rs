@@ -14,6 +14,7 @@ pub mod context;
 mod decoder;
 pub mod error;
 pub mod export;
+pub mod freed;
 mod fused;
 mod head;
 #[cfg(feature = "hub")]

@@ -11,6 +11,7 @@ use espalier_adapters::attach::Attached;
 use espalier_adapters::formats::piecewise::Piecewise;
 use espalier_adapters::{Dense, FrozenWeight, Host, ModuleMut};
 
+use crate::freed::give_back;
 use crate::load::{Provenance, open_source};
 use crate::source::outline::{OutlineSource, Request, blank};
 use crate::source::{LoadOptions, WeightSource};
@@ -299,6 +300,7 @@ impl Streamed {
                 adapters.rest(&mut self.model).map_err(Error::from)?;
             }
             self.store.empty(&mut self.model, &wanted)?;
+            give_back();
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::claim::MARK;
 use crate::export::{ExportOptions, Exported};
+use crate::freed::give_back;
 use crate::streamed::{Reader, Store, kept};
 use crate::transformer::Model;
 use crate::Result;
@@ -146,6 +147,11 @@ impl Writer<'_> {
                 let slot = &slots[i];
                 let mut put = || {
                     if ready.as_ref() != Some(&slot.path) {
+                        // What the last module took is not kept beside what this one takes.
+                        if let Some(adapters) = self.adapters {
+                            adapters.rest(self.model)?;
+                        }
+                        give_back();
                         self.ready(&slot.path)?;
                         ready = Some(slot.path.clone());
                     }

@@ -1,5 +1,6 @@
 //! The most memory that the program had over stretches of its work, pages of mapped files included: what the system itself counted.
 
+use espalier_models::freed::give_back;
 use serde::Serialize;
 
 /// Largest resident sizes, in bytes.
@@ -38,13 +39,17 @@ pub struct Counter {
 impl Counter {
     /// Begins; what there is now is the floor.
     pub fn begin() -> Self {
+        give_back();
         let peaks = field("VmRSS").filter(|_| reset()).map(|floor| Peaks { floor, ..Peaks::default() });
         Self { peaks }
     }
 
     /// Ends a stretch, notes it by `place` and begins the next one.
     pub fn end(&mut self, place: impl FnOnce(&mut Peaks) -> &mut u64) {
-        self.peaks = self.peaks.take().zip(peak()).filter(|_| reset()).map(|(mut peaks, most)| {
+        let most = peak();
+        // What this stretch freed is not counted in the next one.
+        give_back();
+        self.peaks = self.peaks.take().zip(most).filter(|_| reset()).map(|(mut peaks, most)| {
             let place = place(&mut peaks);
             *place = most.max(*place);
             peaks

@@ -70,10 +70,12 @@ fn every_method(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
     let mut rounded: f64 = 0.0;
     for subject in subject::all()? {
         for (storage, options) in &bases {
-            let mut model = subject.model(options)?;
-            let base = scores(&model)?;
-            let attached = match subject.attach(&mut model) {
-                Ok(attached) => attached,
+            let made = subject.model(options).and_then(|mut model| {
+                let attached = subject.attach(&mut model)?;
+                Ok((model, attached))
+            });
+            let (mut model, attached) = match made {
+                Ok(made) => made,
                 Err(e) if *storage == "f32" => return Err(e),
                 // A refusal is said, and is none of this trial's business; f32 takes everything.
                 Err(_) => {
@@ -81,6 +83,7 @@ fn every_method(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
                     continue;
                 }
             };
+            let base = scores(&model)?;
             let files = match subject.golden() {
                 Some(golden) => golden.to_owned(),
                 None => {

@@ -20,7 +20,7 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Values that are looked at at once.
-const CHECKED: usize = 1 << 18;
+const CHECKED: usize = 1 << 16;
 const PREFIX: &str = "base_model.model.";
 
 /// What an adapter folder says before it meets a model.

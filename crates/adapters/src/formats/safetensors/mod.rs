@@ -1,6 +1,6 @@
 //! Reading and writing safetensors files, with errors that name the file, the tensor and what is wrong.
 //!
-//! Values are read through a map of a few megabytes at a time, so that what is in memory is what was asked for and not the
+//! Values are read through a map of a megabyte at a time, so that what is in memory is what was asked for and not the
 //! pages of the file beside it.
 
 mod write;
@@ -21,7 +21,7 @@ pub use write::{Entry, Head, Sink, bytes_of, write, write_by};
 use crate::{Error, Result};
 
 /// Bytes of a file that are mapped at once.
-const WINDOW: usize = 4 << 20;
+const WINDOW: usize = 1 << 20;
 
 /// A safetensors file, its header read once; values are mapped while they are read.
 #[derive(Debug)]

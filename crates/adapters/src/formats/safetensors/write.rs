@@ -11,7 +11,7 @@ use crate::formats::atomic;
 use crate::{Error, Result};
 
 /// Values that are turned into bytes at once.
-const CHUNK: usize = 1 << 18;
+const CHUNK: usize = 1 << 16;
 
 /// Little-endian bytes of a tensor.
 ///
