@@ -1,11 +1,11 @@
-"""Write golden/: everything, or only the named parts (families adapters methods curves quant optim). See README.md."""
+"""Write golden/: everything, or only the named parts (families adapters methods curves quant optim composition). See README.md."""
 
 import sys
 from importlib import import_module
 
 from common import GOLDEN, manifest
 
-PARTS = ["families", "adapters", "methods", "curves", "quant", "optim"]
+PARTS = ["families", "adapters", "methods", "curves", "quant", "optim", "composition"]
 LIMIT = 3_000_000
 
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use espalier_models::config::SUPPORTED;
 use espalier_train::recipe::{KEYS, adapter_keys};
-use espalier_trials::{Form, Record, TRIALS, Trial};
+use espalier_trials::{Bar, Form, Record, TRIALS, Trial};
 
 const NOTE: &str = "<!-- Made by `cargo xtask docs`; a test compares it with the code. -->\n\n";
 
@@ -111,6 +111,11 @@ fn figure(value: f64) -> String {
     if value.fract() == 0.0 { format!("{value}") } else { format!("{value:.1e}") }
 }
 
+/// A figure that may be a share, with four digits where it is near 1.
+fn precise(value: f64) -> String {
+    if (0.01..10_000.0).contains(&value.abs()) { format!("{value:.4}") } else { figure(value) }
+}
+
 /// What the trials found, from their kept records: it does not depend on the machine that makes the page.
 fn reliability(root: &Path) -> String {
     let mut out = format!(
@@ -145,6 +150,23 @@ fn reliability(root: &Path) -> String {
         if !record.counts.is_empty() {
             let counts: Vec<String> = record.counts.iter().map(|(name, n)| format!("{n} {name}")).collect();
             let _ = write!(details, "\nTried: {}.\n", counts.join("; "));
+        }
+        if !record.figures.is_empty() {
+            details.push_str("\n| figure | value | bar | met |\n|---|---:|---:|---|\n");
+            for further in &record.figures {
+                let value = further.value.map_or_else(|| "no number".into(), precise);
+                let bar = match further.bar {
+                    None => String::from("stated"),
+                    Some(Bar::AtMost(bar)) => format!("at most {}", precise(bar)),
+                    Some(Bar::AtLeast(bar)) => format!("at least {}", precise(bar)),
+                };
+                let met = match (further.bar, further.holds()) {
+                    (None, _) => "",
+                    (Some(_), true) => "yes",
+                    (Some(_), false) => "**no**",
+                };
+                let _ = writeln!(details, "| {} | {value} | {bar} | {met} |", cell(&further.name));
+            }
         }
         if let Some(worst) = &record.worst {
             let _ = write!(details, "\nThe worst is {worst}.\n");

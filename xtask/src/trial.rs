@@ -68,6 +68,11 @@ fn show(root: &Path, record: &Record, json: bool, keep: bool) -> std::io::Result
             "{} {mark}: {} {figure}, bar {:.0e}, {} trials (at least {}), {} s",
             record.id, record.unit, record.bar, record.trials, record.least, record.seconds
         );
+        for further in &record.figures {
+            let value = further.value.map_or_else(|| "no number".to_owned(), |v| format!("{v:.4e}"));
+            let mark = if further.holds() { "" } else { "FAILED: " };
+            println!("    {mark}{}: {value}, bar {:?}", further.name, further.bar);
+        }
         record.counts.iter().for_each(|(name, n)| println!("    {n} {name}"));
         record.failures.iter().chain(&record.error).for_each(|failure| println!("    FAILED: {failure}"));
     }

@@ -1,6 +1,7 @@
 //! The one abstraction: how a frozen linear map is adapted, and how a method makes such an adapter.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -66,6 +67,16 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// If a derived gain cannot be computed.
     fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {
         let _ = base;
+        Ok(None)
+    }
+
+    /// The change of the outputs `rows` alone: an adapter of the map that those rows of the base are. None where an output's weights
+    /// change with more than their own row, or are no weights; a merge then needs the matrix as a whole.
+    ///
+    /// # Errors
+    /// If there are no such rows.
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let _ = rows;
         Ok(None)
     }
 

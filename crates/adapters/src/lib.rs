@@ -32,6 +32,7 @@ pub mod set;
 pub mod target;
 pub mod tied;
 mod weight_space;
+pub mod written;
 
 pub use adapter::{Adapter, Init, Method, Site};
 pub use config::AdapterConfig;

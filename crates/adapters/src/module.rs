@@ -1,5 +1,6 @@
 //! The modules that models are built from, each with a place where an adapter acts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -353,6 +354,11 @@ pub trait Host {
     /// Whether weights are rounded against those that other tools have of the same model (a quantised file).
     fn is_rounded(&self) -> bool {
         false
+    }
+
+    /// The settings that make the weights a function (epsilons, positions, soft caps, ...), by name; none where none are known.
+    fn settings(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
     }
 
     /// Content hash of the base weights as they were loaded.

@@ -145,6 +145,24 @@ fn merging_keeps_the_outputs_and_unmerging_gives_every_bit_back() {
 }
 
 #[test]
+fn the_change_of_some_rows_is_those_rows_of_the_change() {
+    for (name, config) in rows() {
+        let (toy, _set) = adapted(&config, DType::F32);
+        for linear in [&toy.up, &toy.down] {
+            let Some(adapter) = linear.adapter() else { continue };
+            let whole = adapter.delta(linear.base()).unwrap().unwrap();
+            let d_out = linear.base().d_out();
+            for run in [0..d_out, 0..1, 1..d_out, d_out - 1..d_out] {
+                let part = adapter.rows(run.clone()).unwrap().unwrap_or_else(|| panic!("{name}: no form by rows"));
+                let base = Arc::new(FrozenWeight::dense(linear.base().rows(run.clone()).unwrap()).unwrap());
+                let d = difference(&part.delta(&base).unwrap().unwrap(), &whole.narrow(0, run.start, run.len()).unwrap());
+                assert!(d < 1e-6, "{name} {run:?}: {d}");
+            }
+        }
+    }
+}
+
+#[test]
 fn switching_off_gives_the_base_bit_for_bit() {
     for (name, config) in rows() {
         let (mut toy, mut set) = adapted(&config, DType::F32);

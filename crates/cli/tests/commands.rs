@@ -145,7 +145,9 @@ fn text_is_made_evaluated_and_generated() {
         "--out",
         &text(&run),
     ]);
-    let model = trained["model"].as_str().unwrap();
+    let (read, model) = (&trained["reload"], trained["model"].as_str().unwrap());
+    let of = |key: &str| read[key].as_f64().unwrap_or_else(|| panic!("no {key} in {trained}"));
+    assert!(of("max_difference") <= of("limit") && of("limit") <= 1e-3 && of("probe_tokens") > 32.0, "{trained}");
     let score = json(&["eval", "--model", model, "--data", &text(&rows), "--whole-rows"]);
     assert!(score["loss"].as_f64().unwrap() > 0.0);
     let exported = temp.path().join("half");

@@ -101,7 +101,8 @@ impl Run {
         dense
             .extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
         let method = attached.config.method.name().to_owned();
-        let base_note = crate::setup::base_note(attached, &self.model, &self.recipe.model);
+        let (base, path) = ((attached.base, &attached.config), self.model.provenance().path());
+        let base_note = crate::setup::base_note(base, self.model.config(), path, &self.recipe.model);
         let trainable_parameters = attached.parameters.trainable_count();
         let mut storage = std::collections::BTreeMap::new();
         let mut base_parameters = 0;

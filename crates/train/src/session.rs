@@ -6,12 +6,14 @@ use std::sync::atomic::AtomicBool;
 
 use espalier_adapters::Host;
 use espalier_adapters::formats::{atomic, folder, safetensors};
-use espalier_models::export::{ExportOptions, copy_companions};
+use espalier_models::LoadOptions;
+use espalier_models::export::copy_companions;
 use serde::Serialize;
 
 use crate::checkpoint;
 use crate::observer::Observer;
 use crate::plan::Plan;
+use crate::merge::{self, WriteOptions};
 use crate::reload::{self, Reload};
 use crate::run::metrics::{self, EvalRecord, MetricsWriter, Record, StepRecord};
 use crate::run::model_card::{ModelCard, Score};
@@ -19,6 +21,7 @@ use crate::run::report::{Report, curves};
 use crate::run::tensorboard::EventWriter;
 use crate::run::{RunError, RunFolder};
 use crate::trainer::{Outcome, Run, Scope};
+use crate::verify::Probe;
 use crate::training::Training;
 use crate::{Error, Result};
 
@@ -47,7 +50,7 @@ pub struct SessionOutcome {
     pub model: Option<PathBuf>,
     /// Tensors written.
     pub tensors: usize,
-    /// How the adapter, read back from its folder, compares with the trained one.
+    /// How what was written, read back from its folder, compares with what was trained.
     pub reload: Option<Reload>,
     /// The report.
     pub report: PathBuf,
@@ -153,14 +156,19 @@ pub fn run(
             (Some(path), None, tensors, Some(reload))
         }
         Scope::WholeModel => {
-            let (path, tensors) = write_model(run, &files)?;
-            (None, Some(path), tensors, None)
+            let (path, tensors, reload) = write_model(run, &files)?;
+            (None, Some(path), tensors, Some(reload))
         }
     };
     let (report, folder) = (files.report(), files.root().to_owned());
     let ended = SessionOutcome { outcome, adapter, model, tensors, reload, report, folder };
     write_report(run, &files, &ended, plan, &recipe, &options.command, &notices)?;
     Ok(ended)
+}
+
+/// What was read back, in words.
+fn read_back(ended: &SessionOutcome) -> &'static str {
+    if ended.model.is_some() { "Model read back" } else { "Adapter read back" }
 }
 
 /// Name of the folder of a model trained whole.
@@ -228,16 +236,17 @@ fn write_adapter(
     Ok((path, saved.tensors, reload))
 }
 
-fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize)> {
+fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize, Reload)> {
     let path = files.root().join(MODEL);
-    let dtype = run.model.dtype();
-    let merged = run.adapters.merge(&mut run.model, dtype)?;
-    let options = ExportOptions { untie: merged.unties, ..ExportOptions::default() };
-    let exported = run.model.export(&path, &options)?;
-    if let Some(tokenizer) = &run.recipe.tokenizer {
-        copy_companions(Path::new(tokenizer), &path)?;
-    }
-    Ok((path, exported.tensors))
+    let load = LoadOptions { dtype: run.model.dtype(), device: run.model.device().clone(), ..LoadOptions::cpu() };
+    let options =
+        WriteOptions { tokenizer: run.recipe.tokenizer.as_ref().map(PathBuf::from), ..WriteOptions::new(&load) };
+    let trained = run.adapters.get(&run.name)?.rows.iter().flat_map(|(_, rows)| rows.indices.clone());
+    let probe = Probe::made(run.model.config(), &run.codec, &trained.collect::<Vec<_>>())?;
+    // Read back before it takes its place: a model that says something else than the run is no result.
+    let written = merge::model_verified(&mut run.model, &path, &options, &probe)?;
+    let (max_difference, limit) = (written.comparison.max_difference, written.limit);
+    Ok((path, written.tensors, Reload { probe_tokens: probe.tokens(), max_difference, limit }))
 }
 
 fn counts(plan: &Plan) -> Vec<(String, String)> {
@@ -335,7 +344,7 @@ fn write_report(
         page = page.notice(notice.clone());
     }
     page = page.heading("Curves").charts(curves(&records)).heading("Run").facts(facts(outcome, plan));
-    page = page.facts(ended.reload.iter().map(|reload| ("Adapter read back", reload.to_string())));
+    page = page.facts(ended.reload.iter().map(|reload| (read_back(ended), reload.to_string())));
     page = page.heading("Data").facts(counts(plan));
     page = page.heading("Sites").table(
         "Adapted modules",

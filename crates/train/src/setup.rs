@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Attached, Origin, attach};
+use espalier_adapters::attach::{Attached, BaseCheck, Origin, attach};
 use espalier_adapters::config::TaskType;
 use espalier_adapters::formats::folder;
 use espalier_adapters::{AdapterConfig, Host};
@@ -53,6 +54,10 @@ pub fn dtype(name: &str, device: &Device) -> Result<DType> {
     }
 }
 
+/// Names of the quantisations of a frozen matrix at load.
+pub const QUANTIZATIONS: &[&str] =
+    &["none", "nf4", "nf4-double", "int8", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k"];
+
 /// The quantisation a recipe names.
 ///
 /// # Errors
@@ -63,9 +68,14 @@ pub fn quantization(name: &str) -> Result<Option<Quantization>> {
         "nf4" => Some(Quantization::Nf4 { double: false }),
         "nf4-double" => Some(Quantization::Nf4 { double: true }),
         "int8" => Some(Quantization::Int8),
+        "q8_0" => Some(Quantization::Gguf(GgmlDType::Q8_0)),
+        "q6_k" => Some(Quantization::Gguf(GgmlDType::Q6K)),
+        "q5_0" => Some(Quantization::Gguf(GgmlDType::Q5_0)),
+        "q4_0" => Some(Quantization::Gguf(GgmlDType::Q4_0)),
+        "q4_k" => Some(Quantization::Gguf(GgmlDType::Q4K)),
         other => {
-            let known = ["none", "nf4", "nf4-double", "int8"];
-            return Err(Error::recipe("quantization", espalier_adapters::config::unknown_value(other, &known)));
+            let message = espalier_adapters::config::unknown_value(other, QUANTIZATIONS);
+            return Err(Error::recipe("quantization", message));
         }
     })
 }
@@ -330,10 +340,15 @@ pub fn adapter(
 }
 
 /// What must be said of the base of a loaded adapter; `name` is the model as given.
-pub fn base_note(attached: &Attached, model: &Model, name: &str) -> Option<String> {
-    let path = model.provenance().path().map(|p| p.display().to_string()).unwrap_or_default();
-    let own = model.config().raw.get("_name_or_path").and_then(serde_json::Value::as_str).unwrap_or_default();
-    attached.base_note(&[name, &path, own])
+pub fn base_note(
+    (base, adapter): (BaseCheck, &AdapterConfig),
+    config: &ModelConfig,
+    path: Option<&Path>,
+    name: &str,
+) -> Option<String> {
+    let path = path.map(|p| p.display().to_string()).unwrap_or_default();
+    let own = config.raw.get("_name_or_path").and_then(serde_json::Value::as_str).unwrap_or_default();
+    base.note(adapter, &[name, &path, own])
 }
 
 /// All dense weights of a model, to train it whole.

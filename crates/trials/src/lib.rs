@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use record::Record;
-pub use tally::Tally;
+pub use tally::{Bar, Figure, Tally};
 pub use worker::Worker;
 
 /// Calls the macro `then` with the list of all trials: the one list.
@@ -27,6 +27,7 @@ macro_rules! with_trials {
             round_trips;
             merged;
             unmerged;
+            composed;
             same_bits;
             mutated_adapters;
             killed_runs;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Form, Tally, Trial};
+use crate::{Figure, Form, Tally, Trial};
 
 /// The outcome of a trial.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,9 @@ pub struct Record {
     /// What was tried how often.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
+    /// Further figures, each with its own bar.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub figures: Vec<Figure>,
     /// What did not hold, the first of it.
     #[serde(default)]
     pub failures: Vec<String>,
@@ -75,10 +78,14 @@ impl Record {
             bar: trial.bar,
             trials: tally.trials,
             least,
-            passed: enough && error.is_none() && tally.measured <= trial.bar,
+            passed: enough
+                && error.is_none()
+                && tally.measured <= trial.bar
+                && tally.figures.iter().all(Figure::holds),
             command: trial.command(form),
             worst: tally.worst,
             counts: tally.counts,
+            figures: tally.figures,
             failures: tally.failures,
             error,
             seconds: (took.as_secs_f64() * 10.0).round() / 10.0,
@@ -113,6 +120,23 @@ mod tests {
         assert!(of(|t| t.value("a", 1.0), None).passed);
         assert!(!of(|t| t.value("a", 1.1), None).passed);
         assert!(!of(|t| t.value("a", 1.0), Some("ended".into())).passed);
+        use crate::Bar::{AtLeast, AtMost};
+        for (value, bar, passed) in [
+            (1.0, Some(AtMost(1.0)), true),
+            (1.1, Some(AtMost(1.0)), false),
+            (0.9, Some(AtLeast(0.98)), false),
+            (0.98, Some(AtLeast(0.98)), true),
+            (f64::NAN, Some(AtMost(1.0)), false),
+            (f64::NAN, None, true),
+        ] {
+            let figure = crate::Figure { name: String::new(), value: value.is_finite().then_some(value), bar };
+            assert_eq!(figure.holds(), passed, "{figure:?}");
+        }
+        let further = |t: &mut Tally| {
+            t.value("a", 1.0);
+            t.figure("b", 2.0, Some(AtMost(1.0)));
+        };
+        assert!(!of(further, None).passed);
         let nothing = of(|t| t.value("a", f64::NAN), None);
         assert!(!nothing.passed && nothing.measured.is_none());
         assert!(

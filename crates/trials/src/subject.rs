@@ -117,10 +117,7 @@ impl Subject {
             let config = AdapterConfig::new(method);
             let attached =
                 attach_from_data(model, &config, (1, 1e-3), DType::F32, &Device::Cpu, &mut evidence(&config))?;
-            for p in attached.parameters.trainable() {
-                let noise = normal(&mut stream(2, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
-                p.var()?.set(&(p.tensor.detach() + noise)?)?;
-            }
+            off_start(&attached, 2)?;
             Ok(attached)
         };
         made().with_context(|| self.name.clone())
@@ -152,6 +149,18 @@ fn evidence(config: &AdapterConfig) -> impl FnMut(&Site) -> espalier_adapters::R
             _ => draw((site.d_in, site.d_in)).and_then(|x| Ok(x.matmul(&x.t()?)?)),
         }
     }
+}
+
+/// Moves every trained tensor of a fresh adapter off its start, by noise of the stream `seed`.
+///
+/// # Errors
+/// If a tensor is no variable.
+pub fn off_start(attached: &Attached, seed: u64) -> Result<()> {
+    for p in attached.parameters.trainable() {
+        let noise = normal(&mut stream(seed, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
+        p.var()?.set(&(p.tensor.detach() + noise)?)?;
+    }
+    Ok(())
 }
 
 /// A set with `adapter` as its only one, acting.

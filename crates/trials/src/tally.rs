@@ -2,8 +2,44 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 /// Most failures that are named.
 const NAMED: usize = 20;
+
+/// A further figure of a trial, beside the one that its bar is for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// What it is of.
+    pub name: String,
+    /// The figure; None if it is no finite number.
+    pub value: Option<f64>,
+    /// What it must meet; None where it is only stated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bar: Option<Bar>,
+}
+
+/// What a figure must meet.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bar {
+    /// No more than this.
+    AtMost(f64),
+    /// No less than this.
+    AtLeast(f64),
+}
+
+impl Figure {
+    /// Whether it meets its bar; one that is no number meets none.
+    pub fn holds(&self) -> bool {
+        match (self.bar, self.value) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(Bar::AtMost(bar)), Some(value)) => value <= bar,
+            (Some(Bar::AtLeast(bar)), Some(value)) => value >= bar,
+        }
+    }
+}
 
 /// What a trial found so far.
 #[derive(Debug, Default)]
@@ -18,6 +54,8 @@ pub struct Tally {
     pub failures: Vec<String>,
     /// What was tried how often, by name.
     pub counts: BTreeMap<String, u64>,
+    /// Further figures.
+    pub figures: Vec<Figure>,
 }
 
 impl Tally {
@@ -43,6 +81,11 @@ impl Tally {
     /// Counts something by its name, beside the figure.
     pub fn count(&mut self, name: impl Into<String>) {
         *self.counts.entry(name.into()).or_default() += 1;
+    }
+
+    /// States a further figure, with the bar that it must meet where it has one.
+    pub fn figure(&mut self, name: impl Into<String>, value: f64, bar: Option<Bar>) {
+        self.figures.push(Figure { name: name.into(), value: value.is_finite().then_some(value), bar });
     }
 
     /// Names something that failed.

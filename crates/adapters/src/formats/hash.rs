@@ -24,7 +24,10 @@ pub fn of_files(files: &[MappedFile]) -> Result<String> {
             let mut hash = Sha256::new();
             hash.update(name.as_bytes());
             hash.update(kind.as_bytes());
-            hash.update(file.view(name)?.data());
+            file.windows(name, &mut |bytes| {
+                hash.update(bytes);
+                Ok(())
+            })?;
             Ok(hash.finalize().to_vec())
         })
         .collect::<Result<Vec<_>>>()?;

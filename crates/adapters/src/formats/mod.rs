@@ -2,6 +2,7 @@
 //! crate that opens files.
 
 pub mod atomic;
+mod base_mark;
 pub mod check;
 mod copies;
 pub mod folder;
@@ -12,7 +13,9 @@ pub mod hash;
 mod loralib;
 pub mod mlx;
 mod outline;
+pub mod piecewise;
 pub mod peft_config;
 mod products;
 pub mod safetensors;
+pub mod sum;
 mod tied;

@@ -5,6 +5,7 @@
 //! Source:   arXiv 2402.09353 eq. 5 and section 4.3; norms by ||W||^2 + 2 s <W A^T, B> + s^2 ||B A||^2
 //! Cost:     LoRA's, plus 2 r d_in d_out FLOPs a forward pass (not per token); d_out parameters more a layer
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
@@ -107,6 +108,11 @@ impl Adapter for DoraLayer {
         let Some(mut map) = self.lora.portable()? else { return Ok(None) };
         map.push("lora_magnitude_vector", &self.magnitude, true);
         Ok(Some(map))
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let magnitude = self.magnitude.detach().narrow(0, rows.start, rows.len())?.contiguous()?;
+        Ok(Some(Arc::new(Self { lora: self.lora.of_rows(&rows)?, magnitude, base_square: OnceLock::new() })))
     }
 
     fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {

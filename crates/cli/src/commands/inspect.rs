@@ -110,11 +110,10 @@ impl Inspect {
         let mut values = 0;
         let mut items = Vec::new();
         for name in &names {
-            if let Some(file) = files.file_of(name) {
-                let view = file.view(name)?;
-                values += view.shape().iter().product::<usize>();
+            if let Some((dtype, shape)) = files.file_of(name).and_then(|file| file.entry(name)) {
+                values += shape.iter().product::<usize>();
                 if self.tensors {
-                    items.push(format!("{name} {:?} {:?}", view.dtype(), view.shape()));
+                    items.push(format!("{name} {dtype:?} {shape:?}"));
                 }
             }
         }

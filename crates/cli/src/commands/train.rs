@@ -72,7 +72,8 @@ impl fmt::Display for Report {
             writeln!(f, "  {live}")?;
         }
         if let Some(reload) = reload {
-            writeln!(f, "  adapter read back: {reload}")?;
+            let what = if adapter.is_some() { "adapter" } else { "model" };
+            writeln!(f, "  {what} read back: {reload}")?;
         }
         write!(f, "  report: {}", report.display())
     }

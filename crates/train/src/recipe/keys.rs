@@ -64,7 +64,7 @@ keys! {
     device: String = "auto".into();
     /// Dtype of activations and frozen weights: auto (f32 on the CPU, bf16 on CUDA), f32, bf16, f16. Adapters are f32.
     dtype: String = "auto".into();
-    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8.
+    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8, or a GGUF block type (q8_0, q6_k, q5_0, q4_0, q4_k).
     quantization: String = "none".into();
     /// Number of labels of a new classification head.
     labels: Option<usize> = None;

@@ -91,7 +91,7 @@ impl Recipe {
             }
         };
         choice("dtype", &self.dtype, &["auto", "f32", "bf16", "f16"])?;
-        choice("quantization", &self.quantization, &["none", "nf4", "nf4-double", "int8"])?;
+        choice("quantization", &self.quantization, crate::setup::QUANTIZATIONS)?;
         choice("schedule", &self.schedule, &["constant", "linear", "cosine", "wsd"])?;
         choice("optimizer", &self.optimizer, &["adamw"])?;
         choice("truncation", &self.truncation, &["right", "drop"])?;

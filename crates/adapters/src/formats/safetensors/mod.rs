@@ -1,23 +1,33 @@
 //! Reading and writing safetensors files, with errors that name the file, the tensor and what is wrong.
+//!
+//! Values are read through a map of a megabyte at a time, so that what is in memory is what was asked for and not the
+//! pages of the file beside it.
+
+mod write;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
+use memmap2::{Mmap, MmapOptions};
+use safetensors::{Dtype, SafeTensors};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
-use super::atomic;
+pub use write::{Entry, Head, Sink, bytes_of, write, write_by};
+
 use crate::{Error, Result};
 
-/// A safetensors file mapped into memory, its header read once.
+/// Bytes of a file that are mapped at once.
+const WINDOW: usize = 1 << 20;
+
+/// A safetensors file, its header read once; values are mapped while they are read.
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
-    map: Mmap,
+    file: File,
     places: BTreeMap<String, Place>,
     metadata: BTreeMap<String, String>,
 }
@@ -52,7 +62,8 @@ impl MappedFile {
         });
         let places = places.collect();
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
-        Ok(Self { path: path.to_owned(), map, places, metadata })
+        drop(map);
+        Ok(Self { path: path.to_owned(), file, places, metadata })
     }
 
     /// Names, dtypes and shapes in name order.
@@ -68,16 +79,36 @@ impl MappedFile {
         &self.metadata
     }
 
-    /// The bytes of one tensor, with dtype and shape.
+    fn place(&self, name: &str) -> Result<&Place> {
+        self.places.get(name).ok_or_else(|| Error::format(&self.path, format!("no tensor named `{name}`")))
+    }
+
+    /// Dtype and shape of one tensor, if it is there.
+    pub fn entry(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        self.places.get(name).map(|place| (place.dtype, place.shape.as_slice()))
+    }
+
+    /// Hands the bytes of one tensor to `take`, a window after the other; windows end on whole values.
     ///
     /// # Errors
-    /// If there is no such tensor.
-    pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
-        let missing = || Error::format(&self.path, format!("no tensor named `{name}`"));
-        let place = self.places.get(name).ok_or_else(missing)?;
-        let bytes = self.map.get(place.bytes.clone()).ok_or_else(missing)?;
-        let fault = |e| Error::format(&self.path, format!("tensor `{name}`: {e}"));
-        TensorView::new(place.dtype, place.shape.clone(), bytes).map_err(fault)
+    /// If there is no such tensor, the file cannot be read any more, or `take` fails.
+    pub fn windows(&self, name: &str, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.bytes(self.place(name)?.bytes.clone(), take)
+    }
+
+    fn bytes(&self, range: Range<usize>, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let length = self.file.metadata().map_err(|e| Error::io(&self.path, e))?.len();
+        if range.end as u64 > length {
+            return Err(Error::format(&self.path, format!("the file was cut to {length} bytes while it was read")));
+        }
+        for start in range.clone().step_by(WINDOW) {
+            let mut options = MmapOptions::new();
+            let options = options.offset(start as u64).len(WINDOW.min(range.end - start));
+            // SAFETY: as in `open`; the window lies within the file, whose length was just asked for.
+            let map = unsafe { options.map(&self.file) }.map_err(|e| Error::io(&self.path, e))?;
+            take(&map)?;
+        }
+        Ok(())
     }
 
     /// One tensor on `device`, in the file's dtype.
@@ -85,11 +116,63 @@ impl MappedFile {
     /// # Errors
     /// If there is no such tensor or its dtype is not read here.
     pub fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let view = self.view(name)?;
-        let dtype = dtype_of(view.dtype()).ok_or_else(|| {
-            Error::format(&self.path, format!("tensor `{name}` has dtype {:?}, which is not read here", view.dtype()))
+        let place = self.place(name)?;
+        self.values(name, place, place.bytes.clone(), &place.shape, device)
+    }
+
+    /// Rows `rows` (of the first dimension) of one tensor on `device`, in the file's dtype.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and if the tensor has no such rows.
+    pub fn load_rows(&self, name: &str, rows: Range<usize>, device: &Device) -> Result<Tensor> {
+        let place = self.place(name)?;
+        let mut shape = place.shape.clone();
+        match shape.first_mut() {
+            Some(first) if rows.start <= rows.end && rows.end <= *first => {
+                let row = place.bytes.len() / (*first).max(1);
+                *first = rows.len();
+                let start = place.bytes.start;
+                self.values(name, place, start + rows.start * row..start + rows.end * row, &shape, device)
+            }
+            _ => Err(Error::format(&self.path, format!("tensor `{name}` {:?} has no rows {rows:?}", place.shape))),
+        }
+    }
+
+    fn values(
+        &self,
+        name: &str,
+        place: &Place,
+        bytes: Range<usize>,
+        shape: &[usize],
+        device: &Device,
+    ) -> Result<Tensor> {
+        let dtype = dtype_of(place.dtype).ok_or_else(|| {
+            Error::format(&self.path, format!("tensor `{name}` has dtype {:?}, which is not read here", place.dtype))
         })?;
-        Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), device)?)
+        match dtype {
+            DType::F64 => self.read(bytes, shape, device, f64::from_le_bytes),
+            DType::F32 => self.read(bytes, shape, device, f32::from_le_bytes),
+            DType::F16 => self.read(bytes, shape, device, f16::from_le_bytes),
+            DType::BF16 => self.read(bytes, shape, device, bf16::from_le_bytes),
+            DType::I64 => self.read(bytes, shape, device, i64::from_le_bytes),
+            DType::U32 => self.read(bytes, shape, device, u32::from_le_bytes),
+            _ => self.read(bytes, shape, device, |[byte]: [u8; 1]| byte),
+        }
+    }
+
+    fn read<T: WithDType, const N: usize>(
+        &self,
+        bytes: Range<usize>,
+        shape: &[usize],
+        device: &Device,
+        value: fn([u8; N]) -> T,
+    ) -> Result<Tensor> {
+        let mut values: Vec<T> = Vec::with_capacity(bytes.len() / N);
+        self.bytes(bytes, &mut |window| {
+            values.extend(window.as_chunks::<N>().0.iter().map(|bytes| value(*bytes)));
+            Ok(())
+        })?;
+        Ok(Tensor::from_vec(values, shape, device)?)
     }
 
     /// All tensors on `device`.
@@ -179,114 +262,4 @@ fn file_dtype(dtype: DType) -> Option<Dtype> {
         DType::U8 => Dtype::U8,
         _ => return None,
     })
-}
-
-/// Little-endian bytes of a tensor.
-///
-/// # Errors
-/// If its dtype has no place in the format.
-pub fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
-    fn le<T: candle_core::WithDType, const N: usize>(t: &Tensor, f: fn(T) -> [u8; N]) -> Result<Vec<u8>> {
-        Ok(t.to_vec1::<T>()?.into_iter().flat_map(f).collect())
-    }
-    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
-    match tensor.dtype() {
-        DType::F64 => le(&flat, f64::to_le_bytes),
-        DType::F32 => le(&flat, f32::to_le_bytes),
-        DType::F16 => le(&flat, half::f16::to_le_bytes),
-        DType::BF16 => le(&flat, half::bf16::to_le_bytes),
-        DType::I64 => le(&flat, i64::to_le_bytes),
-        DType::U32 => le(&flat, u32::to_le_bytes),
-        DType::U8 => Ok(flat.to_vec1::<u8>()?),
-        other => Err(Error::unsupported(
-            format!("writing dtype {other:?}"),
-            "safetensors files here hold floats, i64, u32, u8",
-        )),
-    }
-}
-
-/// A tensor to be written: its header entry, and its values made when they are written, so that no more than one is in
-/// memory at once.
-pub struct Entry<'a> {
-    /// Name in the file.
-    pub name: String,
-    /// Dtype in the file.
-    pub dtype: DType,
-    /// Shape in the file.
-    pub shape: Vec<usize>,
-    /// Makes the values.
-    pub values: Box<dyn FnOnce() -> Result<Tensor> + 'a>,
-}
-
-impl std::fmt::Debug for Entry<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {:?} {:?}", self.name, self.dtype, self.shape)
-    }
-}
-
-impl Entry<'_> {
-    /// An entry for a tensor at hand.
-    pub fn of(name: impl Into<String>, tensor: &Tensor) -> Entry<'static> {
-        let tensor = tensor.clone();
-        Entry {
-            name: name.into(),
-            dtype: tensor.dtype(),
-            shape: tensor.dims().to_vec(),
-            values: Box::new(move || Ok(tensor)),
-        }
-    }
-}
-
-/// Writes a safetensors file tensor by tensor, atomically. Returns the bytes written.
-///
-/// # Errors
-/// If a tensor cannot be made, has another shape than its entry, or the file cannot be written.
-pub fn write(path: &Path, mut entries: Vec<Entry<'_>>, metadata: &BTreeMap<String, String>) -> Result<u64> {
-    entries.sort_by(|x, y| y.dtype.size_in_bytes().cmp(&x.dtype.size_in_bytes()).then_with(|| x.name.cmp(&y.name)));
-    let mut header = serde_json::Map::new();
-    if !metadata.is_empty() {
-        header.insert("__metadata__".into(), serde_json::json!(metadata));
-    }
-    let mut offset = 0u64;
-    for entry in &entries {
-        let dtype = file_dtype(entry.dtype).ok_or_else(|| {
-            Error::unsupported(format!("writing `{}`", entry.name), "its dtype has no place in the format")
-        })?;
-        let size = (entry.shape.iter().product::<usize>() * entry.dtype.size_in_bytes()) as u64;
-        header.insert(
-            entry.name.clone(),
-            serde_json::json!({"dtype": format!("{dtype:?}"), "shape": entry.shape, "data_offsets": [offset, offset + size]}),
-        );
-        offset += size;
-    }
-    let mut head = serde_json::to_vec(&header).map_err(|e| Error::format(path, e.to_string()))?;
-    while head.len() % 8 != 0 {
-        head.push(b' ');
-    }
-    let mut failure = None;
-    let total = 8 + head.len() as u64 + offset;
-    atomic::write(path, |out| {
-        out.write_all(&(head.len() as u64).to_le_bytes())?;
-        out.write_all(&head)?;
-        for entry in entries {
-            match values(entry) {
-                Ok(bytes) => out.write_all(&bytes)?,
-                Err(e) => {
-                    failure = Some(e);
-                    return Err(std::io::Error::other("a tensor could not be made"));
-                }
-            }
-        }
-        Ok(())
-    })
-    .map_err(|e| failure.unwrap_or(e))?;
-    Ok(total)
-}
-
-fn values(entry: Entry<'_>) -> Result<Vec<u8>> {
-    let tensor = (entry.values)()?;
-    if tensor.dims() != entry.shape {
-        return Err(Error::Shape { tensor: entry.name, expected: entry.shape, found: tensor.dims().to_vec() });
-    }
-    bytes_of(&tensor.to_dtype(entry.dtype)?)
 }
