@@ -119,7 +119,10 @@ impl Linear {
     }
 
     /// Factors of the adapter on the bias, where the map has one and the adapter scales it.
-    pub(crate) fn bias_gain(&self) -> Result<Option<Tensor>> {
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn bias_gain(&self) -> Result<Option<Tensor>> {
         match (&self.adapter, &self.bias) {
             (Some(adapter), Some(_)) => adapter.bias_gain(),
             _ => Ok(None),

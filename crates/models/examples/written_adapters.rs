@@ -24,7 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../parity/golden");
     let (rows, length) = (2usize, 12usize);
     let ids: Vec<u32> = (0..rows * length).map(|i| (3 + i * 7 + i * i * 5) as u32 % 40).collect();
-    let methods = MethodConfig::examples().into_iter().filter(|(_, method)| method.to_peft().is_some() && method.wanted().is_none());
+    let methods = MethodConfig::examples()
+        .into_iter()
+        .filter(|(_, method)| method.to_peft().is_some() && method.wanted().is_none());
     let pairs: Vec<_> =
         methods.flat_map(|(name, method)| BASES.map(|base| (name.clone(), method.clone(), base))).collect();
     for (i, (name, method, base)) in pairs.into_iter().enumerate() {

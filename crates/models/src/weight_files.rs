@@ -11,12 +11,12 @@ use espalier_adapters::formats::safetensors::{self, Head, Sink};
 use espalier_adapters::{Dense, Embedding, Host, Linear, ModuleMut, written};
 use serde_json::json;
 
+use crate::Result;
 use crate::claim::MARK;
 use crate::export::{ExportOptions, Exported};
 use crate::freed::give_back;
 use crate::streamed::{Reader, Store, kept};
 use crate::transformer::Model;
-use crate::Result;
 
 /// Which tensor of a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,12 +185,13 @@ impl Writer<'_> {
             let done = match (module, slot.part) {
                 (ModuleMut::Linear(linear), Part::Weight) => matrix(linear, store.as_deref_mut(), dtype, sink),
                 (ModuleMut::Linear(linear), _) => {
-                    small(linear.bias(), &slot.path, "bias", store.as_deref_mut(), sink)
+                    let gain = linear.bias_gain()?;
+                    small(linear.bias(), gain.as_ref(), &slot.path, "bias", store.as_deref_mut(), sink)
                 }
                 (ModuleMut::Norm(norm), Part::Weight) => {
-                    small(Some(norm.weight()), &slot.path, "weight", store.as_deref_mut(), sink)
+                    small(Some(norm.weight()), None, &slot.path, "weight", store.as_deref_mut(), sink)
                 }
-                (ModuleMut::Norm(norm), _) => small(norm.bias(), &slot.path, "bias", store.as_deref_mut(), sink),
+                (ModuleMut::Norm(norm), _) => small(norm.bias(), None, &slot.path, "bias", store.as_deref_mut(), sink),
                 (ModuleMut::Embedding(table), part) => rows(table, part, store.as_deref_mut(), sink),
             };
             done.map_err(|e| kept(&mut failure, e))
@@ -202,15 +203,26 @@ impl Writer<'_> {
     }
 }
 
-/// A norm's gain or a bias.
-fn small(dense: Option<&Dense>, path: &str, part: &str, store: Option<&mut Store>, sink: &mut Sink<'_>) -> Result<()> {
+/// A norm's gain or a bias, times the factors that an adapter has on it.
+fn small(
+    dense: Option<&Dense>,
+    gain: Option<&Tensor>,
+    path: &str,
+    part: &str,
+    store: Option<&mut Store>,
+    sink: &mut Sink<'_>,
+) -> Result<()> {
     let Some(dense) = dense else { return Ok(()) };
     let stored = match (dense.trained(), store) {
         (None, Some(store)) => store.small(&format!("{path}.{part}"))?,
         _ => None,
     };
-    let values = stored.unwrap_or_else(|| dense.get().detach()).to_dtype(dense.frozen().dtype())?;
-    Ok(sink.put(&values)?)
+    let own = stored.unwrap_or_else(|| dense.get().detach());
+    let values = match gain {
+        Some(gain) => own.to_dtype(DType::F32)?.mul(&gain.detach().to_dtype(DType::F32)?)?,
+        None => own,
+    };
+    Ok(sink.put(&values.to_dtype(dense.frozen().dtype())?)?)
 }
 
 /// The weight of a map, row by row; one that files keep as [d_in, d_out] is put together in memory first.
