@@ -111,10 +111,7 @@ pub fn train_tokenizer(source: &Source, options: &TokenizerOptions, folder: &Pat
     let template = options.chat_template.as_deref().unwrap_or(CHATML);
     let config = format!("{config:#}\n");
     // The tokenizer goes first and comes last: a folder without it is none, whatever else is there.
-    write(
-        folder,
-        &[("tokenizer_config.json", &config), ("chat_template.jinja", template), ("tokenizer.json", &json)],
-    )?;
+    write(folder, &[("tokenizer_config.json", &config), ("chat_template.jinja", template), ("tokenizer.json", &json)])?;
     Ok((tokenizer.get_vocab_size(true), rows))
 }
 

@@ -16,7 +16,7 @@ use crate::{Scope, Tally, Trial};
 pub static TRIAL: Trial = Trial {
     id: "R-23",
     title: "Faults in the middle of a run",
-    claim: "A loss or a gradient that is no number, updates that explode, a token store that is changed or cut off, and a base \
+    claim: "A loss that is no number, updates that explode, a token store that is changed or cut off, and a base \
             file that is cut off, in the middle of a run: the run ends before the step is taken, with an error that names step \
             or file (or goes on, where it does not need the file any more); no more than one save interval is lost; the \
             checkpoints are whole; going on ends at the same step again where the fault is in the run, and gives the bits of \
@@ -69,24 +69,22 @@ impl Observer for Saboteur<'_> {
 
 /// Steps of a whole run.
 const STEPS: usize = 7;
-/// A token whose vector is no number, and one whose score is none.
-const POISONED: [(&str, usize, f32); 2] = [
-    ("model.embed_tokens.weight", 50, f32::NAN),
-    ("lm_head.weight", 51, f32::MAX),
-];
+/// The table of vectors, and the tokens in it that are no numbers.
+const TABLE: &str = "model.embed_tokens.weight";
+const POISONED: [(usize, f32); 2] = [(50, f32::NAN), (51, f32::INFINITY)];
 
 /// The model with its poisoned tokens, in `folder`.
 fn model(folder: &Path) -> anyhow::Result<()> {
     made::write(folder, made::llama(Shape { hidden: 128, ff: 192, layers: 2, vocab: 64 }))?;
     let file = folder.join("model.safetensors");
     let mut tensors = TensorFile::open(&file)?.load_all(&Device::Cpu)?;
-    for (name, row, value) in POISONED {
-        let table = tensors.get_mut(name).with_context(|| name.to_owned())?;
-        let mut rows = table.to_vec2::<f32>()?;
-        rows[row].fill(value);
-        let dims = table.dims().to_vec();
-        *table = Tensor::from_vec(rows.concat(), dims, &Device::Cpu)?;
+    let table = tensors.get_mut(TABLE).context(TABLE)?;
+    let mut rows = table.to_vec2::<f32>()?;
+    for (token, value) in POISONED {
+        rows[token].fill(value);
     }
+    let dims = table.dims().to_vec();
+    *table = Tensor::from_vec(rows.concat(), dims, &Device::Cpu)?;
     let entries = tensors.iter().map(|(name, t)| Entry::of(name.clone(), t)).collect();
     safetensors::write(&file, entries, &[("format".to_owned(), "pt".to_owned())].into())?;
     Ok(())
@@ -125,8 +123,8 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     for &interval in intervals {
         trial.explodes(interval, tally)?;
         for &at in &steps {
-            for (what, token) in [("a vector that is no number", 50), ("a score that overflows", 51)] {
-                trial.poisoned(what, token, at, interval, tally)?;
+            for (token, value) in POISONED {
+                trial.poisoned(&format!("a vector of {value}"), token, at, interval, tally)?;
             }
             for cut in [true, false] {
                 trial.store(cut, at, interval, tally)?;

@@ -202,6 +202,17 @@ pub fn session(recipe: &Recipe, resume: bool, observer: &mut dyn Observer) -> es
     planned(recipe, resume, observer).map(|(_, outcome)| outcome)
 }
 
+/// The run of a recipe, and what it trains.
+///
+/// # Errors
+/// If anything that the recipe names is missing or does not fit.
+pub fn prepared(recipe: &Recipe) -> espalier_train::Result<(Run, Scope)> {
+    Ok(match recipe.architecture {
+        Some(_) => (Run::prepare_whole(recipe.clone(), setup::new_model(recipe)?)?, Scope::WholeModel),
+        None => (Run::prepare(recipe.clone())?, Scope::Adapter),
+    })
+}
+
 /// The same, with what was told of the run before it began.
 ///
 /// # Errors
@@ -211,18 +222,9 @@ pub fn planned(
     resume: bool,
     observer: &mut dyn Observer,
 ) -> espalier_train::Result<(Plan, SessionOutcome)> {
-    let (mut run, scope) = match recipe.architecture {
-        Some(_) => (Run::prepare_whole(recipe.clone(), setup::new_model(recipe)?)?, Scope::WholeModel),
-        None => (Run::prepare(recipe.clone())?, Scope::Adapter),
-    };
+    let (mut run, scope) = prepared(recipe)?;
     let plan = run.plan(0)?;
-    let options = SessionOptions {
-        scope,
-        resume,
-        overwrite: false,
-        allow_memory: false,
-        command: "trial".to_owned(),
-    };
+    let options = SessionOptions { scope, resume, overwrite: false, allow_memory: false, command: "trial".to_owned() };
     let outcome = session::run(&mut run, &plan, &options, observer, &AtomicBool::new(false))?;
     Ok((plan, outcome))
 }

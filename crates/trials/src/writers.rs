@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use espalier_adapters::formats::{faults, folder};
 use espalier_adapters::AdapterSet;
+use espalier_adapters::formats::{faults, folder};
 use espalier_data::{DataOptions, Source, TextCodec, TokenStore, TokenizerOptions, train_tokenizer};
 use espalier_models::{LoadOptions, Model};
 use espalier_train::merge::{WriteOptions, merge_into_folder};
@@ -51,7 +51,10 @@ pub(crate) const TABLE: espalier_data::faults::Faults =
 pub(crate) fn all(scratch: &Path) -> Result<Vec<Writer>> {
     let (old, new) = two_subjects()?;
     let texts = scratch.join("texts.jsonl");
-    std::fs::write(&texts, (0..60).map(|i| format!("{{\"text\": \"one {i} two {} three\"}}\n", i * 7)).collect::<String>())?;
+    std::fs::write(
+        &texts,
+        (0..60).map(|i| format!("{{\"text\": \"one {i} two {} three\"}}\n", i * 7)).collect::<String>(),
+    )?;
     let ids = scratch.join("ids.jsonl");
     std::fs::write(&ids, runs::rows(40, 30)?)?;
     Ok(vec![adapter(old.clone(), new), merged(old), store(&ids)?, tokenizer(&texts)?])

@@ -122,7 +122,9 @@ impl TensorFile {
             read_at(&self.file, piece, at).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => Error::format(
                     &self.path,
-                    format!("tensor `{name}`: the file was cut off after it was opened; bytes {start} to {end} are wanted"),
+                    format!(
+                        "tensor `{name}`: the file was cut off after it was opened; bytes {start} to {end} are wanted"
+                    ),
                 ),
                 _ => Error::io(&self.path, e),
             })?;
@@ -157,10 +159,7 @@ impl TensorFile {
             Dtype::I64 => values(self, name, shape, device, i64::from_le_bytes),
             Dtype::U32 => values(self, name, shape, device, u32::from_le_bytes),
             Dtype::U8 => values(self, name, shape, device, u8::from_le_bytes),
-            _ => Err(Error::format(
-                &self.path,
-                format!("tensor `{name}` has dtype {dtype:?}, which is not read here"),
-            )),
+            _ => Err(Error::format(&self.path, format!("tensor `{name}` has dtype {dtype:?}, which is not read here"))),
         }
     }
 

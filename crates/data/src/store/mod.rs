@@ -221,7 +221,9 @@ impl TokenStore {
         if checksum(ids, labels, facts) != sum {
             return Err(store_fault(
                 &self.path,
-                format!("the checksum of example {index} differs; the file was damaged while it was in use: delete it and go on"),
+                format!(
+                    "the checksum of example {index} differs; the file was damaged while it was in use: delete it and go on"
+                ),
             ));
         }
         Ok(ExampleRef {

@@ -50,7 +50,12 @@ fn values_per_token(model: &Model, form: Form) -> (u64, u64) {
 ///
 /// # Errors
 /// If the walk over the model fails.
-pub(super) fn estimate(recipe: &Recipe, model: &mut Model, parameters: &ParameterMap, longest: usize) -> Result<Estimate> {
+pub(super) fn estimate(
+    recipe: &Recipe,
+    model: &mut Model,
+    parameters: &ParameterMap,
+    longest: usize,
+) -> Result<Estimate> {
     let mut weights = 0u64;
     // On a device, what its attention takes; blocks of another form are told apart below.
     let on_device =

@@ -34,10 +34,7 @@ struct Cost {
 
 impl Cost {
     fn extended(a: Self, b: Self, at: (f64, f64), n: f64) -> Self {
-        Self {
-            forward: Use::extended(a.forward, b.forward, at, n),
-            back: Use::extended(a.back, b.back, at, n),
-        }
+        Self { forward: Use::extended(a.forward, b.forward, at, n), back: Use::extended(a.back, b.back, at, n) }
     }
 }
 
@@ -66,7 +63,8 @@ fn first_rows(batch: &Batch, rows: usize) -> Batch {
 
 /// What tells blocks apart: whether they are recorded, and what is trained in them.
 fn kinds(run: &Run, first: usize) -> Vec<String> {
-    let mut kinds: Vec<String> = (0..run.model.blocks()).map(|i| if i < first { "-" } else { "+" }.to_owned()).collect();
+    let mut kinds: Vec<String> =
+        (0..run.model.blocks()).map(|i| if i < first { "-" } else { "+" }.to_owned()).collect();
     for parameter in run.parameters.trainable() {
         if let Some(block) = run.model.block_of(&parameter.name) {
             let (_, inside) = parameter.name.split_once(&format!(".{block}.")).unwrap_or_default();

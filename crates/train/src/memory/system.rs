@@ -30,10 +30,9 @@ fn left_of_limits(root: &Path, groups: &str) -> Option<u64> {
         let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { continue };
         let (base, files) = match controllers {
             "" => (root.to_owned(), ["memory.max", "memory.current", "inactive_file"]),
-            c if c.split(',').any(|c| c == "memory") => (
-                root.join("memory"),
-                ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"],
-            ),
+            c if c.split(',').any(|c| c == "memory") => {
+                (root.join("memory"), ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"])
+            }
             _ => continue,
         };
         let own: PathBuf = base.join(path.trim_start_matches('/'));

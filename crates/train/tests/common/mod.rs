@@ -130,8 +130,13 @@ pub(crate) fn session_with(
 ) -> Result<SessionOutcome> {
     let mut run = Run::prepare(recipe.clone())?;
     let plan = run.plan(0)?;
-    let options =
-        SessionOptions { scope: Scope::Adapter, resume, overwrite: false, allow_memory: false, command: "espalier train".to_owned() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume,
+        overwrite: false,
+        allow_memory: false,
+        command: "espalier train".to_owned(),
+    };
     session::run(&mut run, &plan, &options, observer, flag)
 }
 
