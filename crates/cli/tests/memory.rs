@@ -119,7 +119,7 @@ fn a_merge_of_a_larger_model_takes_no_more_memory() {
         let mut args = vec!["logits", "--model", &model, "--ids", &ids, "--out", &out, "--device", "cpu"];
         args.extend(adapter.iter().flat_map(|a| ["--adapter", a.as_str()]));
         ok(&args);
-        let file = espalier_adapters::formats::safetensors::MappedFile::open(Path::new(&out)).unwrap();
+        let file = espalier_adapters::formats::safetensors::TensorFile::open(Path::new(&out)).unwrap();
         file.load("logits", &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
     let wanted = scores(&large, Some(&large.join("adapter")));

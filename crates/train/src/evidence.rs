@@ -17,10 +17,11 @@ use espalier_adapters::{
 use espalier_data::Batch;
 use espalier_models::Model;
 
+use crate::gradients::{Gradients, seed};
 use crate::objective::{Objective, Targets};
 use crate::recipe::Recipe;
 use crate::setup::Data;
-use crate::tape::{self, Gradients};
+use crate::tape;
 use crate::{Error, Result};
 
 /// Tensors that a new adapter starts with, by full name; none where the method takes nothing from the data.
@@ -128,7 +129,7 @@ impl Pass {
                     let context = model.context(&input)?;
                     let leaf = Var::from_tensor(x)?;
                     let y = model.block(stage, leaf.as_tensor(), &context, &Flow::eval(), None)?;
-                    gradients.add(&tape::seed(&y, upstream[i].clone())?, Some(leaf.as_tensor()))?
+                    gradients.add(&seed(&y, upstream[i].clone())?, Some(leaf.as_tensor()))?
                 };
                 below.push(dx.map_or_else(|| x.zeros_like(), Ok)?);
             }
@@ -160,7 +161,7 @@ impl Pass {
             set_adapters(model, |path| probes.get(path).map(|probe| probe.clone() as Arc<dyn Adapter>))?;
             for ((batch, targets), x) in self.batches.iter().zip(&inputs) {
                 if stage == model.blocks() {
-                    tape::evaluate_head(model, x, targets)?;
+                    tape::score(model, x, targets, &Flow::eval())?;
                     continue;
                 }
                 let input = tape::token_batch(model, batch, targets.separator)?;

@@ -10,6 +10,7 @@ pub mod error;
 pub mod evidence;
 pub mod export;
 pub mod gain;
+mod gradients;
 pub mod identity;
 pub mod live;
 pub mod memory;

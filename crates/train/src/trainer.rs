@@ -130,7 +130,7 @@ impl Run {
         let kept = RunFolder::new(&recipe.out).starts();
         let (attached, starts) = setup::adapter(&recipe, &mut model, |model, config| match resume && kept.is_file() {
             // Made once: another pass could round otherwise on another device.
-            true => Ok(safetensors::MappedFile::open(&kept)?.load_all(&Device::Cpu)?),
+            true => Ok(safetensors::TensorFile::open(&kept)?.load_all(&Device::Cpu)?),
             false => {
                 let schedule = Schedule::new(&recipe, 1 << 20);
                 let first = (0..1 << 20).map(|step| schedule.factor(step)).find(|factor| *factor > 0.0);

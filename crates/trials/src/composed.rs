@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::attach::{Attached, Origin, attach};
-use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_adapters::formats::safetensors::TensorFile;
 use espalier_adapters::formats::{folder, sum};
 use espalier_adapters::parametrisation::lora::Lora;
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut};
@@ -176,7 +176,7 @@ fn low_rank(
 /// The two adapters of `parity/composition.py` as one, and the logits PEFT gives with both and with our file.
 fn against_peft(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
     let golden = root().join("parity/golden");
-    let wanted = MappedFile::open(&golden.join("composition/expected.safetensors"))?;
+    let wanted = TensorFile::open(&golden.join("composition/expected.safetensors"))?;
     let mut model = Model::load(&golden.join("families/llama_gqa_tied"), &LoadOptions::cpu())?;
     let mut parts = Vec::new();
     for (name, weight) in [("lora_all", 0.7), ("rslora_patterns", -0.5)] {
@@ -190,7 +190,7 @@ fn against_peft(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
     let (read, now) = (golden.join("composition"), &file);
     let same = |name: &str| -> Result<bool> { Ok(std::fs::read(read.join(name))? == std::fs::read(now.join(name))?) };
     ensure!(same(folder::CONFIG_FILE)?, "the settings file is another than PEFT read");
-    let tensors = |path: &std::path::Path| MappedFile::open(path)?.load_all(&Device::Cpu);
+    let tensors = |path: &std::path::Path| TensorFile::open(path)?.load_all(&Device::Cpu);
     let (there, here) = (tensors(&read.join(folder::WEIGHTS_FILE))?, tensors(&now.join(folder::WEIGHTS_FILE))?);
     ensure!(there.keys().eq(here.keys()), "other tensors than PEFT read");
     for (name, t) in &there {

@@ -135,7 +135,13 @@ fn trained(scope: &Scope<'_>) -> Result<(std::path::PathBuf, Probe)> {
     let mut run: Run = quickstart::prepare(&scope.scratch.join("run"), size)?;
     let plan = run.plan(0)?;
     let options =
-        SessionOptions { scope: Trained::Adapter, resume: false, overwrite: true, command: "trial R-09".into() };
+        SessionOptions {
+            scope: Trained::Adapter,
+            resume: false,
+            overwrite: true,
+            allow_memory: true,
+            command: "trial R-09".into(),
+        };
     let ended = session::run(&mut run, &plan, &options, &mut Silent, &AtomicBool::new(false))?;
     Ok((ended.adapter.context("no adapter was written")?, quickstart::probe(&run, size.test_rows)?))
 }

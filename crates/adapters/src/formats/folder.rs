@@ -74,7 +74,7 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
 pub(super) struct OpenFolder {
     folder: PathBuf,
     config: AdapterConfig,
-    file: safetensors::MappedFile,
+    file: safetensors::TensorFile,
     /// Keys in the file by the model's names.
     tensors: BTreeMap<String, String>,
     /// The same of copies of the base's own weights.
@@ -89,10 +89,10 @@ impl OpenFolder {
     pub(super) fn open(folder: &Path) -> Result<Self> {
         let mut config = read_config(folder)?;
         let path = folder.join(WEIGHTS_FILE);
-        let file = safetensors::MappedFile::open(&path)?;
+        let file = safetensors::TensorFile::open(&path)?;
         base_mark::take(&path, &mut config, &|key| file.metadata().get(key).cloned())?;
         let (mut tensors, mut copies) = (BTreeMap::new(), BTreeMap::new());
-        for (key, ..) in file.entries()? {
+        for (key, ..) in file.entries() {
             if let Some(path) = key.strip_prefix(PREFIX).and_then(|k| k.strip_suffix(".base_layer.weight")) {
                 copies.insert(format!("{path}.weight"), key);
                 continue;
@@ -123,7 +123,7 @@ impl OpenFolder {
 
     /// Shape of a tensor.
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.file.entry(self.tensors.get(name)?).map(|(_, shape)| shape)
+        self.file.kind(self.tensors.get(name)?).ok().map(|(_, shape)| shape)
     }
 
     /// The tensors whose names are `wanted`.

@@ -5,6 +5,7 @@ pub mod atomic;
 mod base_mark;
 pub mod check;
 mod copies;
+pub mod faults;
 pub mod folder;
 pub mod forms;
 pub mod gguf;

@@ -54,7 +54,7 @@ fn fact(name: &str, value: impl Serialize) -> (String, Value) {
 }
 
 fn tensor_lines(path: &Path) -> Result<(Vec<String>, usize)> {
-    let entries = safetensors::MappedFile::open(path)?.entries()?;
+    let entries = safetensors::TensorFile::open(path)?.entries();
     let values = entries.iter().map(|(_, _, shape)| shape.iter().product::<usize>()).sum();
     Ok((entries.into_iter().map(|(name, dtype, shape)| format!("{name} {dtype:?} {shape:?}")).collect(), values))
 }
@@ -110,7 +110,8 @@ impl Inspect {
         let mut values = 0;
         let mut items = Vec::new();
         for name in &names {
-            if let Some((dtype, shape)) = files.file_of(name).and_then(|file| file.entry(name)) {
+            if let Some(file) = files.file_of(name) {
+                let (dtype, shape) = file.kind(name)?;
                 values += shape.iter().product::<usize>();
                 if self.tensors {
                     items.push(format!("{name} {dtype:?} {shape:?}"));

@@ -31,6 +31,9 @@ pub(crate) struct Train {
     /// Begin anew in a folder that holds a run.
     #[arg(long)]
     overwrite: bool,
+    /// Run although the estimated memory is more than there is.
+    #[arg(long)]
+    allow_memory: bool,
 }
 
 /// What is printed at the end.
@@ -155,8 +158,13 @@ impl Train {
             }
             None => self.flags.recipe()?,
         };
-        let options =
-            SessionOptions { scope: Scope::Adapter, resume, overwrite: self.overwrite, command: command_line() };
-        execute(out, Run::prepare_again(recipe, options.resume)?, &options)
+        let options = SessionOptions {
+            scope: Scope::Adapter,
+            resume,
+            overwrite: self.overwrite,
+            allow_memory: self.allow_memory,
+            command: command_line(),
+        };
+        execute(out, Run::prepare_again(recipe, resume)?, &options)
     }
 }

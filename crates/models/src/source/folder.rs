@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::FrozenWeight;
-use espalier_adapters::formats::{hash, safetensors::MappedFile};
+use espalier_adapters::formats::{hash, safetensors::TensorFile};
 use serde_json::Value;
 
 use super::{LoadOptions, WeightSource};
@@ -16,16 +16,16 @@ use crate::{Error, Result};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// The mapped weight files of a folder.
+/// The weight files of a folder.
 #[derive(Debug)]
 pub struct WeightFiles {
     folder: PathBuf,
-    files: Vec<MappedFile>,
+    files: Vec<TensorFile>,
     place: BTreeMap<String, usize>,
 }
 
 impl WeightFiles {
-    /// Maps `model.safetensors`, the shards of its index, or any single safetensors file of the folder.
+    /// Opens `model.safetensors`, the shards of its index, or any single safetensors file of the folder.
     ///
     /// # Errors
     /// If there is none, one is truncated, or the index and the shards disagree.
@@ -34,8 +34,8 @@ impl WeightFiles {
         let mut files = Vec::with_capacity(names.len());
         let mut place = BTreeMap::new();
         for name in names {
-            let file = MappedFile::open(&folder.join(&name))?;
-            for (tensor, ..) in file.entries()? {
+            let file = TensorFile::open(&folder.join(&name))?;
+            for (tensor, ..) in file.entries() {
                 if place.insert(tensor.clone(), files.len()).is_some() {
                     return Err(Error::NotAModel {
                         path: folder.to_owned(),
@@ -59,7 +59,7 @@ impl WeightFiles {
     }
 
     /// The file that holds a tensor.
-    pub fn file_of(&self, name: &str) -> Option<&MappedFile> {
+    pub fn file_of(&self, name: &str) -> Option<&TensorFile> {
         self.place.get(name).map(|i| &self.files[*i])
     }
 
@@ -158,8 +158,8 @@ impl WeightSource for FolderSource {
             return Ok(false);
         };
         let Some(file) = self.files.file_of(&own) else { return Ok(false) };
-        match file.entry(&own) {
-            Some((_, found)) if found != shape => Err(Error::Shape {
+        match file.kind(&own) {
+            Ok((_, found)) if found != shape => Err(Error::Shape {
                 path: file.path().to_owned(),
                 tensor: own.clone(),
                 expected: shape.to_vec(),

@@ -1,31 +1,28 @@
 //! Reading and writing safetensors files, with errors that name the file, the tensor and what is wrong.
 //!
-//! Values are read through a map of a megabyte at a time, so that what is in memory is what was asked for and not the
-//! pages of the file beside it.
+//! Values are read piece by piece, so that what is in memory is what was asked for and not the pages of the file beside it.
 
 mod write;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, WithDType};
-use half::{bf16, f16};
-use memmap2::{Mmap, MmapOptions};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 pub use write::{Entry, Head, Sink, bytes_of, write, write_by};
 
 use crate::{Error, Result};
 
-/// Bytes of a file that are mapped at once.
-const WINDOW: usize = 1 << 20;
-
-/// A safetensors file, its header read once; values are mapped while they are read.
+/// A safetensors file, its header read once. Tensors are read when they are asked for, by the handle that read the header: a
+/// file that another process cuts off meanwhile is an error, and one that takes its name is not read.
 #[derive(Debug)]
-pub struct MappedFile {
+pub struct TensorFile {
     path: PathBuf,
     file: File,
     places: BTreeMap<String, Place>,
@@ -37,41 +34,66 @@ pub struct MappedFile {
 struct Place {
     dtype: Dtype,
     shape: Vec<usize>,
-    bytes: Range<usize>,
+    bytes: Range<u64>,
 }
 
-impl MappedFile {
-    /// Maps the file and checks its header against its length.
+/// Longest header that is read.
+const LONGEST_HEADER: u64 = 100_000_000;
+/// Bytes that are read at once.
+const PIECE: usize = 1 << 18;
+
+impl TensorFile {
+    /// Opens the file and checks its header against its length.
     ///
     /// # Errors
     /// If it cannot be read, is truncated, or its header is malformed.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: the map is read-only; a file changed by another process while it is mapped would change the values read,
-        // as with any reader of a file being written, but every access is bounds-checked against the mapped length.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        // The library checks sizes and offsets against the length of the file.
-        let wrong = |e| Error::format(path, describe(&map, &e));
-        SafeTensors::deserialize(&map).map_err(wrong)?;
-        let (length, header) = SafeTensors::read_metadata(&map).map_err(wrong)?;
-        check_names(path, &map)?;
-        let start = length + 8;
-        let places = header.tensors().into_iter().map(|(name, info)| {
-            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+        let io = |e| Error::io(path, e);
+        let file = File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        if length < 8 {
+            return Err(Error::format(
+                path,
+                format!("not a safetensors file: {length} bytes are too few for a header"),
+            ));
+        }
+        let mut head = [0; 8];
+        read_at(&file, &mut head, 0).map_err(io)?;
+        let size = u64::from_le_bytes(head);
+        let start = size.saturating_add(8);
+        if start > length {
+            return Err(Error::format(
+                path,
+                format!(
+                    "truncated or not a safetensors file: the header should take {size} bytes, the file has {length}"
+                ),
+            ));
+        }
+        let wrong =
+            |e: String| Error::format(path, format!("truncated or malformed safetensors file of {length} bytes ({e})"));
+        if size > LONGEST_HEADER {
+            return Err(wrong(format!("a header of {size} bytes")));
+        }
+        let mut text = vec![0; size as usize];
+        read_at(&file, &mut text, 8).map_err(io)?;
+        let header: Metadata = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+        check_names(path, &text)?;
+        let held = header.data_len() as u64;
+        if start.checked_add(held) != Some(length) {
+            return Err(wrong(format!("its tensors take {held} bytes, {} are there", length - start)));
+        }
+        let place = |(name, info): (String, &TensorInfo)| {
+            let bytes = start + info.data_offsets.0 as u64..start + info.data_offsets.1 as u64;
             (name, Place { dtype: info.dtype, shape: info.shape.clone(), bytes })
-        });
-        let places = places.collect();
+        };
+        let places = header.tensors().into_iter().map(place).collect();
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
-        drop(map);
         Ok(Self { path: path.to_owned(), file, places, metadata })
     }
 
     /// Names, dtypes and shapes in name order.
-    ///
-    /// # Errors
-    /// None any more: the header was read when the file was opened.
-    pub fn entries(&self) -> Result<Vec<(String, Dtype, Vec<usize>)>> {
-        Ok(self.places.iter().map(|(name, p)| (name.clone(), p.dtype, p.shape.clone())).collect())
+    pub fn entries(&self) -> Vec<(String, Dtype, Vec<usize>)> {
+        self.places.iter().map(|(name, p)| (name.clone(), p.dtype, p.shape.clone())).collect()
     }
 
     /// The header's free metadata.
@@ -83,30 +105,41 @@ impl MappedFile {
         self.places.get(name).ok_or_else(|| Error::format(&self.path, format!("no tensor named `{name}`")))
     }
 
-    /// Dtype and shape of one tensor, if it is there.
-    pub fn entry(&self, name: &str) -> Option<(Dtype, &[usize])> {
-        self.places.get(name).map(|place| (place.dtype, place.shape.as_slice()))
-    }
-
-    /// Hands the bytes of one tensor to `take`, a window after the other; windows end on whole values.
+    /// Dtype and shape of one tensor.
     ///
     /// # Errors
-    /// If there is no such tensor, the file cannot be read any more, or `take` fails.
-    pub fn windows(&self, name: &str, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        self.bytes(self.place(name)?.bytes.clone(), take)
+    /// If there is no such tensor.
+    pub fn kind(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        self.place(name).map(|place| (place.dtype, place.shape.as_slice()))
     }
 
-    fn bytes(&self, range: Range<usize>, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let length = self.file.metadata().map_err(|e| Error::io(&self.path, e))?.len();
-        if range.end as u64 > length {
-            return Err(Error::format(&self.path, format!("the file was cut to {length} bytes while it was read")));
-        }
-        for start in range.clone().step_by(WINDOW) {
-            let mut options = MmapOptions::new();
-            let options = options.offset(start as u64).len(WINDOW.min(range.end - start));
-            // SAFETY: as in `open`; the window lies within the file, whose length was just asked for.
-            let map = unsafe { options.map(&self.file) }.map_err(|e| Error::io(&self.path, e))?;
-            take(&map)?;
+    /// Gives the bytes of one tensor to `take`, piece by piece; each piece is whole numbers of 8 bytes, the last one aside.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or the file has become shorter since it was opened.
+    pub fn read(&self, name: &str, take: impl FnMut(&[u8])) -> Result<()> {
+        self.pieces(name, self.place(name)?.bytes.clone(), take)
+    }
+
+    /// Gives the bytes `range` of the file, which are of the tensor `name`, to `take`.
+    fn pieces(&self, name: &str, range: Range<u64>, mut take: impl FnMut(&[u8])) -> Result<()> {
+        let Range { start, end } = range;
+        let mut piece = vec![0; PIECE.min((end - start) as usize)];
+        let mut at = start;
+        while at < end {
+            let here = piece.len().min((end - at) as usize);
+            let piece = &mut piece[..here];
+            read_at(&self.file, piece, at).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => Error::format(
+                    &self.path,
+                    format!(
+                        "tensor `{name}`: the file was cut off after it was opened; bytes {start} to {end} are wanted"
+                    ),
+                ),
+                _ => Error::io(&self.path, e),
+            })?;
+            take(piece);
+            at += here as u64;
         }
         Ok(())
     }
@@ -114,10 +147,10 @@ impl MappedFile {
     /// One tensor on `device`, in the file's dtype.
     ///
     /// # Errors
-    /// If there is no such tensor or its dtype is not read here.
+    /// If there is no such tensor, its dtype is not read here, or the file has become shorter.
     pub fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let place = self.place(name)?;
-        self.values(name, place, place.bytes.clone(), &place.shape, device)
+        let shape = self.kind(name)?.1.to_vec();
+        self.values(name, self.place(name)?.bytes.clone(), shape, device)
     }
 
     /// Rows `rows` (of the first dimension) of one tensor on `device`, in the file's dtype.
@@ -129,50 +162,40 @@ impl MappedFile {
         let mut shape = place.shape.clone();
         match shape.first_mut() {
             Some(first) if rows.start <= rows.end && rows.end <= *first => {
-                let row = place.bytes.len() / (*first).max(1);
+                let Range { start, end } = place.bytes;
+                let row = (end - start) / (*first).max(1) as u64;
                 *first = rows.len();
-                let start = place.bytes.start;
-                self.values(name, place, start + rows.start * row..start + rows.end * row, &shape, device)
+                let range = start + rows.start as u64 * row..start + rows.end as u64 * row;
+                self.values(name, range, shape, device)
             }
             _ => Err(Error::format(&self.path, format!("tensor `{name}` {:?} has no rows {rows:?}", place.shape))),
         }
     }
 
-    fn values(
-        &self,
-        name: &str,
-        place: &Place,
-        bytes: Range<usize>,
-        shape: &[usize],
-        device: &Device,
-    ) -> Result<Tensor> {
-        let dtype = dtype_of(place.dtype).ok_or_else(|| {
-            Error::format(&self.path, format!("tensor `{name}` has dtype {:?}, which is not read here", place.dtype))
-        })?;
-        match dtype {
-            DType::F64 => self.read(bytes, shape, device, f64::from_le_bytes),
-            DType::F32 => self.read(bytes, shape, device, f32::from_le_bytes),
-            DType::F16 => self.read(bytes, shape, device, f16::from_le_bytes),
-            DType::BF16 => self.read(bytes, shape, device, bf16::from_le_bytes),
-            DType::I64 => self.read(bytes, shape, device, i64::from_le_bytes),
-            DType::U32 => self.read(bytes, shape, device, u32::from_le_bytes),
-            _ => self.read(bytes, shape, device, |[byte]: [u8; 1]| byte),
+    /// The bytes `range` of the file, which are of the tensor `name`, as a tensor.
+    fn values(&self, name: &str, range: Range<u64>, shape: Vec<usize>, device: &Device) -> Result<Tensor> {
+        fn read<T: WithDType, const N: usize>(
+            file: &TensorFile,
+            (name, range): (&str, Range<u64>),
+            shape: Vec<usize>,
+            device: &Device,
+            from: fn([u8; N]) -> T,
+        ) -> Result<Tensor> {
+            let mut all = Vec::with_capacity(shape.iter().product());
+            file.pieces(name, range, |piece| all.extend(piece.as_chunks().0.iter().copied().map(from)))?;
+            Ok(Tensor::from_vec(all, shape, device)?)
         }
-    }
-
-    fn read<T: WithDType, const N: usize>(
-        &self,
-        bytes: Range<usize>,
-        shape: &[usize],
-        device: &Device,
-        value: fn([u8; N]) -> T,
-    ) -> Result<Tensor> {
-        let mut values: Vec<T> = Vec::with_capacity(bytes.len() / N);
-        self.bytes(bytes, &mut |window| {
-            values.extend(window.as_chunks::<N>().0.iter().map(|bytes| value(*bytes)));
-            Ok(())
-        })?;
-        Ok(Tensor::from_vec(values, shape, device)?)
+        let (dtype, from) = (self.kind(name)?.0, (name, range));
+        match dtype {
+            Dtype::F64 => read(self, from, shape, device, f64::from_le_bytes),
+            Dtype::F32 => read(self, from, shape, device, f32::from_le_bytes),
+            Dtype::F16 => read(self, from, shape, device, half::f16::from_le_bytes),
+            Dtype::BF16 => read(self, from, shape, device, half::bf16::from_le_bytes),
+            Dtype::I64 => read(self, from, shape, device, i64::from_le_bytes),
+            Dtype::U32 => read(self, from, shape, device, u32::from_le_bytes),
+            Dtype::U8 => read(self, from, shape, device, |[byte]: [u8; 1]| byte),
+            _ => Err(Error::format(&self.path, format!("tensor `{name}` has dtype {dtype:?}, which is not read here"))),
+        }
     }
 
     /// All tensors on `device`.
@@ -189,27 +212,30 @@ impl MappedFile {
     }
 }
 
+/// Fills `to` with the bytes from `offset` on, wherever other readers of the file are.
+fn read_at(file: &File, to: &mut [u8], offset: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, to, offset);
+    #[cfg(windows)]
+    {
+        let (mut to, mut offset) = (to, offset);
+        while !to.is_empty() {
+            match std::os::windows::fs::FileExt::seek_read(file, to, offset)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => (to, offset) = (&mut to[n..], offset + n as u64),
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Whether the header has every name once: of two entries the reader would take one in silence.
-fn check_names(path: &Path, map: &[u8]) -> Result<()> {
-    let end = map.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes) as usize;
-    let header = map.get(8..end.saturating_add(8)).unwrap_or_default();
+fn check_names(path: &Path, header: &[u8]) -> Result<()> {
     let Names(mut names) = serde_json::from_slice(header).map_err(|e| Error::format(path, e.to_string()))?;
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(Error::format(path, format!("tensor `{}` is twice in the header", pair[0]))),
         None => Ok(()),
-    }
-}
-
-fn describe(map: &[u8], error: &safetensors::SafeTensorError) -> String {
-    let length = map.len();
-    let header = map.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
-    match header {
-        None => format!("not a safetensors file: {length} bytes are too few for a header"),
-        Some(n) if n.saturating_add(8) > length as u64 => {
-            format!("truncated or not a safetensors file: the header should take {n} bytes, the file has {length}")
-        }
-        Some(_) => format!("truncated or malformed safetensors file of {length} bytes ({error})"),
     }
 }
 
@@ -236,19 +262,6 @@ impl<'de> Deserialize<'de> for Names {
         }
         deserializer.deserialize_map(Keys)
     }
-}
-
-fn dtype_of(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::F64 => DType::F64,
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        Dtype::I64 => DType::I64,
-        Dtype::U32 => DType::U32,
-        Dtype::U8 => DType::U8,
-        _ => return None,
-    })
 }
 
 fn file_dtype(dtype: DType) -> Option<Dtype> {
