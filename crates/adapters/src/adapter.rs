@@ -22,8 +22,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// If shapes do not fit.
     fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        let _ = flow;
-        match self.low_rank(base)? {
+        match self.low_rank_in(base, flow)? {
             Some(view) => view.forward(base, x, None),
             None => Err(Error::unsupported("forward", "a method without a low-rank form must define it")),
         }
@@ -58,6 +57,15 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {
         let _ = base;
         Ok(None)
+    }
+
+    /// The normal form of one pass: as [`Self::low_rank`], unless what travels beside the activations changes it.
+    ///
+    /// # Errors
+    /// As [`Self::low_rank`].
+    fn low_rank_in(&self, base: &Arc<FrozenWeight>, flow: &Flow) -> Result<Option<LowRankView>> {
+        let _ = flow;
+        self.low_rank(base)
     }
 
     /// The parameters in a form that needs no changed base, where [`Self::parameters`] is not: what [`Method::portable`]

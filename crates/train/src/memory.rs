@@ -15,7 +15,7 @@ use crate::setup;
 pub struct Estimate {
     /// Frozen weights.
     pub weights: u64,
-    /// Trained parameters, their gradients and the optimiser's moments.
+    /// Trained parameters, their gradients, and what the optimiser and the dynamics keep.
     pub trained: u64,
     /// What the blocks keep for the backward pass.
     pub activations: u64,
@@ -27,6 +27,14 @@ pub struct Estimate {
     pub total: u64,
     /// What the machine has, where it can be told.
     pub available: Option<u64>,
+}
+
+impl Estimate {
+    /// With another figure of what is trained.
+    #[must_use]
+    pub fn with_trained(self, trained: u64) -> Self {
+        Self { trained, total: self.total - self.trained + trained, ..self }
+    }
 }
 
 /// Bytes of the program, its thread stacks and allocator slack.

@@ -107,6 +107,8 @@ pub fn run(
 ) -> Result<SessionOutcome> {
     let files = RunFolder::new(&run.recipe.out);
     let checkpoints = files.checkpoints();
+    let recipe = run.recipe.to_toml()?;
+    let moves_base = run.dynamics()?.moves_base();
     // Whatever can be refused is refused before anything is written.
     let training = Training::new(run, Some(&checkpoints), options.resume)?;
     let step = training.state.step as u64;
@@ -136,13 +138,17 @@ pub fn run(
         true => EventWriter::resume(files.root(), step)?,
         false => EventWriter::create(files.root())?,
     };
-    let recipe = run.recipe.to_toml()?;
     atomic::write(&files.recipe(), |out| out.write_all(recipe.as_bytes()))?;
     let mut recorder = Recorder { metrics, events, inner: observer, notices: Vec::new() };
     let outcome = training.run(&mut recorder, stop)?;
     recorder.metrics.sync()?;
     let notices = recorder.notices;
     let (adapter, model, tensors, reload) = match options.scope {
+        // An adapter says nothing without the base it was trained on: where that changed, the model is the result.
+        Scope::Adapter if moves_base => {
+            let (path, tensors) = write_model(run, &files)?;
+            (None, Some(path), tensors, None)
+        }
         Scope::Adapter => {
             let (path, tensors, reload) = write_adapter(run, &files, &outcome, plan, &recipe, &options.command)?;
             (Some(path), None, tensors, Some(reload))

@@ -42,6 +42,18 @@ impl Gradients {
         &self.sums
     }
 
+    /// The sums, to change them.
+    pub fn sums_mut(&mut self) -> &mut [Option<Tensor>] {
+        &mut self.sums
+    }
+
+    /// Forgets the sum of the `index`-th parameter.
+    pub fn drop(&mut self, index: usize) {
+        if let Some(sum) = self.sums.get_mut(index) {
+            *sum = None;
+        }
+    }
+
     /// Where nothing flowed to the `index`-th parameter, its sum becomes 0; whether that was so.
     ///
     /// # Errors
@@ -130,10 +142,10 @@ pub enum Start {
 }
 
 impl Start {
-    /// The start for a model and the parameters that are trained.
-    pub fn of(model: &Model, parameters: &ParameterMap) -> Self {
+    /// The start for a model and those of the trainable parameters, by their place among them, that are `awake`.
+    pub fn of(model: &Model, parameters: &ParameterMap, awake: impl Fn(usize) -> bool) -> Self {
         let mut first = model.blocks();
-        for parameter in parameters.trainable() {
+        for (_, parameter) in parameters.trainable().enumerate().filter(|(i, _)| awake(*i)) {
             if model.is_before_blocks(&parameter.name) {
                 return Self::Embeddings;
             }

@@ -3,12 +3,14 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use espalier_adapters::attach::Attached;
 use espalier_adapters::formats::folder;
 use espalier_adapters::{AdapterSet, ParameterMap};
 use espalier_data::TextCodec;
 use espalier_models::Model;
 use serde::Serialize;
 
+use crate::dynamics::{Dynamics, Fit};
 use crate::identity::Identity;
 use crate::live::Liveness;
 use crate::objective::Objective;
@@ -104,12 +106,15 @@ impl Run {
         Self::assemble(recipe, model, attached)
     }
 
-    fn assemble(recipe: Recipe, mut model: Model, attached: espalier_adapters::attach::Attached) -> Result<Self> {
+    fn assemble(recipe: Recipe, mut model: Model, mut attached: Attached) -> Result<Self> {
         let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
         let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
         let codec = setup::encoding(&recipe, codec, model.config());
         let data = setup::data(&recipe, &codec, model.config())?;
         let objective = setup::objective(&model, &codec);
+        let dynamics =
+            recipe.dynamics_config()?.fit(&mut Fit { recipe: &recipe, model: &mut model, attached: &attached })?;
+        attached.parameters.train_only(|p| dynamics.trains(p));
         let parameters = attached.parameters.clone();
         if parameters.trainable().next().is_none() {
             return Err(Error::recipe("adapter", "nothing is trained: no parameter is trainable"));
@@ -119,6 +124,15 @@ impl Run {
         adapters.add(&name, attached)?;
         adapters.activate(&mut model, &[(&name, 1.0)])?;
         Ok(Self { recipe, model, adapters, name, parameters, codec, data, objective })
+    }
+
+    /// How the parameters move: a new one at each call, at the run's beginning.
+    ///
+    /// # Errors
+    /// If it does not go with the adapter, the model or the optimiser.
+    pub fn dynamics(&mut self) -> Result<Box<dyn Dynamics>> {
+        let attached = self.adapters.get(&self.name)?;
+        self.recipe.dynamics_config()?.fit(&mut Fit { recipe: &self.recipe, model: &mut self.model, attached })
     }
 
     /// Steps of an epoch.
