@@ -12,6 +12,7 @@ use crate::formats::peft_config::{self, PeftNames};
 pub use crate::init::{Init, Shared, Source};
 use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
+use crate::parametrisation::MethodConfig;
 use crate::{Error, Flow, Result};
 
 /// How one frozen linear map is adapted. One implementation per file under `parametrisation/` or `routing/`.
@@ -77,6 +78,20 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
+    /// Whether first parts of the product work by themselves.
+    fn is_nested(&self) -> bool {
+        false
+    }
+
+    /// The first `rank` components as a product of their own, where they work by themselves; what [`Method::cut`] describes.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn cut(&self, rank: usize) -> Result<Option<Cut>> {
+        let _ = rank;
+        Ok(None)
+    }
+
     /// The choice that this is, where each sequence of a batch goes through an adapter of its own.
     fn by_row(&self) -> Option<&ByRow> {
         None
@@ -86,6 +101,15 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     fn dropout(&self) -> f64 {
         0.0
     }
+}
+
+/// The first components of a layer.
+#[derive(Debug, Clone)]
+pub struct Cut {
+    /// Their number.
+    pub rank: usize,
+    /// Their parameters.
+    pub parameters: ParameterMap,
 }
 
 /// Makes the layers of one method: one implementation per file. Its settings are its fields, in recipes and in files.
@@ -111,6 +135,12 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// The method that [`Adapter::portable`] parameters belong to, with the factors on ranks and alphas; None where saved
     /// parameters need no changed base anyway.
     fn portable(&self) -> Option<(Self, usize, f64)> {
+        None
+    }
+
+    /// The method of what [`Adapter::cut`] gives; None for methods whose products are not nested.
+    fn cut(&self, rank: usize) -> Option<MethodConfig> {
+        let _ = rank;
         None
     }
 

@@ -16,6 +16,14 @@ pub enum Line {
 }
 
 impl Line {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rows => "rows",
+            Self::Columns => "columns",
+        }
+    }
+
     /// Shape of one value a line of a matrix [m, n].
     pub fn dims(self, (m, n): (usize, usize)) -> (usize, usize) {
         match self {
@@ -126,30 +134,25 @@ impl Kept {
         Ok(())
     }
 
-    /// Sets the `share` of each tensor's values that is smallest to 0.
+    /// Sets the `share` of the entries whose first tensor is smallest to 0, in all tensors.
     ///
     /// # Errors
     /// If values cannot be read.
     pub fn prune(&mut self, share: f64) -> Result<()> {
+        let Some(first) = self.tensors.first() else { return Ok(()) };
+        let sizes: Vec<f32> = first.abs()?.flatten_all()?.to_vec1()?;
+        let cut = (share * sizes.len() as f64) as usize;
+        if cut == 0 {
+            return Ok(());
+        }
+        let mut order: Vec<usize> = (0..sizes.len()).collect();
+        // Of equal ones the first go, so that their number is what was asked for.
+        order.select_nth_unstable_by(cut - 1, |a, b| sizes[*a].total_cmp(&sizes[*b]).then(a.cmp(b)));
+        let mut keep = vec![1f32; sizes.len()];
+        order[..cut].iter().for_each(|i| keep[*i] = 0.0);
+        let keep = Tensor::from_vec(keep, first.shape(), first.device())?;
         for tensor in &mut self.tensors {
-            let mut values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            let mut sizes: Vec<f32> = values.iter().map(|v| v.abs()).collect();
-            let cut = (share * sizes.len() as f64) as usize;
-            if cut == 0 {
-                continue;
-            }
-            let (_, bound, _) = sizes.select_nth_unstable_by(cut - 1, f32::total_cmp);
-            let bound = *bound;
-            // Of equal values the first ones go, so that their number is what was asked for.
-            let mut equal = cut - values.iter().filter(|v| v.abs() < bound).count();
-            for value in &mut values {
-                let goes = value.abs() < bound || (value.abs() == bound && equal > 0);
-                equal -= usize::from(value.abs() == bound && equal > 0);
-                if goes {
-                    *value = 0.0;
-                }
-            }
-            *tensor = Tensor::from_vec(values, tensor.shape(), tensor.device())?;
+            *tensor = (&*tensor * &keep)?;
         }
         Ok(())
     }

@@ -259,6 +259,7 @@ fn counts(plan: &Plan) -> Vec<(String, String)> {
 fn facts(outcome: &Outcome, plan: &Plan) -> Vec<(String, String)> {
     let mut facts = vec![
         ("Method".to_owned(), plan.method.clone()),
+        ("Dynamics".to_owned(), plan.dynamics.to_owned()),
         ("Adapted modules".to_owned(), plan.sites.len().to_string()),
         ("Trainable parameters".to_owned(), format!("{} of {}", plan.trainable_parameters, plan.base_parameters)),
         ("Steps".to_owned(), outcome.steps.to_string()),

@@ -278,7 +278,7 @@ impl<'a> Training<'a> {
 
     /// Looks at the trained tensors when the first steps are taken, or at the `end` of fewer.
     fn watch(&mut self, end: bool, observer: &mut dyn Observer) -> Result<()> {
-        if let Some(found) = self.watch.found(end, &|i| self.dynamics.asleep(i))? {
+        if let Some(found) = self.watch.found(end, &|i| self.dynamics.still(i))? {
             if !found.still.is_empty() {
                 observer.notice(&found.to_string());
             }

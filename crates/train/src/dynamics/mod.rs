@@ -121,6 +121,11 @@ pub trait Dynamics: Send + std::fmt::Debug {
         None
     }
 
+    /// Why the `index`-th trainable parameter may have the values it began with, after the last step.
+    fn still(&self, index: usize) -> Option<String> {
+        self.asleep(index)
+    }
+
     /// Sees and may change the gradients of a step, which are not clipped yet, before the update.
     ///
     /// # Errors
@@ -291,6 +296,14 @@ dynamics! {
     allora::Allora = "allora";
     /// A few blocks at a time, drawn anew every period.
     lisa::Lisa = "lisa";
+    /// A few rows and columns at a time are exchanged with a pool, and the frozen weight makes up for it.
+    switchlora::Switchlora = "switchlora";
+    /// The product is added to the frozen weight and begins anew.
+    relora::Relora = "relora";
+    /// Dense weights, whose gradients are seen in a subspace.
+    galore::Galore = "galore";
+    /// A rank drawn at every step.
+    dylora::Dylora = "dylora";
 }
 
 /// Whether a share is one: at least 0 and at most 1.

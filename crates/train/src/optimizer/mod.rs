@@ -289,7 +289,8 @@ impl Optimizer {
         }
     }
 
-    /// Sets the `share` of what is kept under `name` that is smallest to 0; all of it with its count of updates if that is 1.
+    /// Sets what is kept of the `share` of a tensor's entries whose first moment is smallest to 0; all of it with its count of
+    /// updates if that is 1.
     ///
     /// # Errors
     /// If values cannot be read.
