@@ -38,19 +38,34 @@ impl Eigen {
         Ok(Self { vectors: found.U().to_owned(), values })
     }
 
+    /// Of the products of all rows of `t` [r, n] with each other, T T^T.
+    ///
+    /// # Errors
+    /// As [`Self::of`].
+    pub fn of_rows(t: &Tensor) -> Result<Self> {
+        let t = t.detach().to_dtype(DType::F64)?;
+        Self::of(&t.matmul(&t.t()?)?)
+    }
+
     /// Sum of the eigenvalues.
     pub fn sum(&self) -> f64 {
         self.values.iter().sum()
     }
 
-    /// (T + damping I)^-1, of the dtype and on the device of `like`.
+    /// (T + damping I)^-1, of the dtype and on the device of `like`; directions in which T is below the rounding of that dtype
+    /// have no inverse, but 0.
     ///
     /// # Errors
     /// If the device refuses.
     pub fn inverse(&self, damping: f64, like: &Tensor) -> Result<Tensor> {
         let r = self.values.len();
         // An eigenvalue that rounding made negative is 0.
-        let scaled = Mat::from_fn(r, r, |i, j| self.vectors[(i, j)] / (self.values[j].max(0.0) + damping));
+        let rounding = if like.dtype() == DType::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+        let least = rounding * self.values.iter().fold(0.0f64, |m, v| m.max(*v));
+        let scaled = Mat::from_fn(r, r, |i, j| match self.values[j].max(0.0) {
+            value if value < least => 0.0,
+            value => self.vectors[(i, j)] / (value + damping),
+        });
         tensor(&(scaled * self.vectors.transpose()), like)
     }
 
@@ -68,12 +83,4 @@ impl Eigen {
         });
         tensor(&(&self.vectors * solved * other.vectors.transpose()), c)
     }
-}
-
-/// (T + damping I)^-1 of a symmetric `t` [r, r] without negative eigenvalues.
-///
-/// # Errors
-/// As [`Eigen::of`].
-pub fn inverse(t: &Tensor, damping: f64) -> Result<Tensor> {
-    Eigen::of(t)?.inverse(damping, t)
 }

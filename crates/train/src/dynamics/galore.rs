@@ -80,10 +80,10 @@ impl Settings for Galore {
 
     fn examples() -> Vec<Example<Self>> {
         let adapter = "method = 'full'";
-        let some = "method = 'full'\ntarget_modules = ['up_proj', 'k_proj']\nbias = 'all'";
+        let some = "method = 'full'\nbias = 'all'\nexclude_modules = ['v_proj']";
         vec![
             Example { name: "rank 4", settings: Self { rank: 4, ..Self::default() }, adapter },
-            Example { name: "two steps", settings: Self { rank: 3, gap: 2, scale: 1.0 }, adapter: some },
+            Example { name: "two steps", settings: Self { rank: 3, gap: 2, scale: 0.5 }, adapter: some },
         ]
     }
 }

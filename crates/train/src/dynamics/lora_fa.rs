@@ -5,14 +5,14 @@
 //! Source:   arXiv 2308.03303; the correction as in PEFT's `LoraFAOptimizer`, which multiplies in bf16 and this in f32
 //! Cost:     2 r^2 (d_in + d_out) FLOPs a site and step; half of LoRA's gradients and moments
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use espalier_adapters::Parameter;
 use espalier_adapters::parameter::Role;
 use serde::{Deserialize, Serialize};
 
 use super::{Dynamics, Example, Fit, Moving, Rates, Settings, Sums};
 use crate::pairs::{Pair, pairs};
-use crate::small::inverse;
+use crate::small::Eigen;
 use crate::Result;
 
 /// Keeps a singular A A^T apart from 0.
@@ -60,9 +60,8 @@ pub struct State {
 /// # Errors
 /// If shapes do not fit.
 pub fn corrected(g: &Tensor, a: &Tensor, scale: f64) -> Result<Tensor> {
-    let a = a.detach().to_dtype(g.dtype())?;
-    let inverse = inverse(&a.matmul(&a.t()?)?.to_dtype(DType::F64)?, DAMPING)?;
-    Ok((g.matmul(&inverse.to_dtype(g.dtype())?)? / (scale * scale))?)
+    let inverse = Eigen::of_rows(a)?.inverse(DAMPING, g)?;
+    Ok((g.matmul(&inverse)? / (scale * scale))?)
 }
 
 impl Dynamics for State {

@@ -4,7 +4,8 @@
 //!           nearest to dL/dW under any X; B^T B X + X A A^T = -(B^T B)^-1 g(A) A^T / s^2 brings dA, dB nearest to g(A), g(B)
 //! Shapes:   A, dA [r, d_in]; B, dB [d_out, r]; X [r, r]; G [d_out, d_in]
 //! Source:   arXiv 2407.18242 theorems 2.1 to 2.3 and appendix C; `full` keeps the optimiser's moments of G, adjusts the direction
-//!           they give, and is the authors' release (but for its count of steps, which is one ahead); `efficient` keeps
+//!           they give, and is the authors' release (but for its count of steps, which is one ahead, and for directions of A and B within
+//!           rounding of 0, which it inverts); `efficient` keeps
 //!           those of dA and dB
 //! Cost:     8 r d_in d_out FLOPs and moments of d_in d_out values a site with `full`; 8 r^2 (d_in + d_out) FLOPs with
 //!           `efficient`
@@ -122,18 +123,19 @@ impl Frame {
     /// If values are not finite or shapes do not fit.
     pub fn new(a: &Tensor, b: &Tensor, scale: f64, damping: Damping) -> Result<Self> {
         let (a, b) = (a.detach(), b.detach());
-        let gram = |t: Tensor| -> Result<(Eigen, Tensor)> {
-            let r = t.dim(0)?;
-            let eigen = Eigen::of(&t)?;
+        let gram = |rows: Tensor| -> Result<(Eigen, Tensor)> {
+            let eigen = Eigen::of_rows(&rows)?;
             let damping = match damping {
                 Damping::Absolute => 1e-8,
-                Damping::Relative => 1e-6 * eigen.sum() / r as f64 + f64::MIN_POSITIVE,
+                Damping::Relative if eigen.sum() > 0.0 => 1e-6 * eigen.sum() / rows.dim(0)? as f64,
+                // Of nothing but 0 any inverse will do, for the gradient on the other side is 0 as well.
+                Damping::Relative => 1.0,
             };
-            let inverse = eigen.inverse(damping, &t)?;
+            let inverse = eigen.inverse(damping, &rows)?;
             Ok((eigen, inverse))
         };
-        let (gram_a, inverse_a) = gram(a.matmul(&a.t()?)?)?;
-        let (gram_b, inverse_b) = gram(b.t()?.matmul(&b)?)?;
+        let (gram_a, inverse_a) = gram(a.clone())?;
+        let (gram_b, inverse_b) = gram(b.t()?.contiguous()?)?;
         Ok(Self { a, b, scale, gram_a, gram_b, inverse_a, inverse_b })
     }
 
