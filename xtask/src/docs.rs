@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use espalier_models::config::SUPPORTED;
-use espalier_train::recipe::{KEYS, adapter_keys};
+use espalier_train::recipe::{KEYS, adapter_keys, dynamics_keys};
 use espalier_trials::{Bar, Form, Record, TRIALS, Trial};
 
 const NOTE: &str = "<!-- Made by `cargo xtask docs`; a test compares it with the code. -->\n\n";
@@ -29,7 +29,8 @@ fn recipes() -> String {
     let mut out = format!(
         "# Recipe keys\n\n{NOTE}A recipe is a TOML file. Every key is also a flag of `espalier train`, `check` and \
          `pretrain`: `max_steps` is\n`--max-steps`, `shuffle` is `--shuffle` and `--no-shuffle`, and a key of the \
-         `[adapter]` table is its own name.\n\n| key | default | what it does |\n|---|---|---|\n"
+         `[adapter]` table is its own name; `method` of the \
+         `[dynamics]` table is `--dynamics`, and another key of it `--dynamics-KEY`.\n\n| key | default | what it does |\n|---|---|---|\n"
     );
     for key in KEYS {
         let default = key.default.trim().trim_end_matches(".into()");
@@ -44,16 +45,21 @@ fn recipes() -> String {
     for key in adapter_keys() {
         let _ = writeln!(out, "| `{}` | {} |", key.name, cell(&key.doc));
     }
+    out.push_str("\n## The `[dynamics]` table\n\n| key | what it does |\n|---|---|\n");
+    for key in dynamics_keys() {
+        let _ = writeln!(out, "| `{}` | {} |", key.name, cell(&key.doc));
+    }
     let _ = writeln!(out, "\n## Model families\n\n`model_type` of a `config.json`: {}.", SUPPORTED.join(", "));
     out
 }
 
 /// Folders whose files have a head comment with the card's lines, and their titles.
-const SHELVES: [(&str, &str); 4] = [
+const SHELVES: [(&str, &str); 5] = [
     ("crates/adapters/src/parametrisation", "Parametrisations"),
     ("crates/adapters/src/initialisation", "Initialisations"),
     ("crates/train/src/objective", "Objectives"),
     ("crates/train/src/dynamics", "Dynamics"),
+    ("crates/train/src/optimizer", "Optimisers"),
 ];
 
 /// The files of a shelf, `mod.rs` aside, in order of their names.

@@ -13,6 +13,7 @@ mod base;
 pub mod by_row;
 pub mod combine;
 pub mod config;
+mod cut;
 pub mod decomposition;
 mod embedding;
 pub mod error;

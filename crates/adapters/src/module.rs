@@ -154,7 +154,7 @@ impl Linear {
         if plain.bias.is_some() && adapter.bias_gain()?.is_some() {
             return Ok(None);
         }
-        let Some(view) = adapter.low_rank(&self.base)? else { return Ok(None) };
+        let Some(view) = adapter.low_rank_in(&self.base, flow)? else { return Ok(None) };
         let a = match &view.rank_scale {
             Some(scale) => view.a.broadcast_mul(&scale.unsqueeze(1)?)?,
             None => view.a.clone(),

@@ -30,6 +30,18 @@ impl Gradients {
         &self.sums
     }
 
+    /// The sums, to change them.
+    pub fn sums_mut(&mut self) -> &mut [Option<Tensor>] {
+        &mut self.sums
+    }
+
+    /// Forgets the sum of the `index`-th parameter.
+    pub fn drop(&mut self, index: usize) {
+        if let Some(sum) = self.sums.get_mut(index) {
+            *sum = None;
+        }
+    }
+
     /// Where nothing flowed to the `index`-th parameter, its sum becomes 0; whether that was so.
     ///
     /// # Errors

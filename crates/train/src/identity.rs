@@ -12,6 +12,7 @@ use espalier_models::Model;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::recipe::Recipe;
 use crate::trainer::Run;
 use crate::{Error, Result};
 
@@ -91,16 +92,24 @@ const WITHOUT_MEANING: &[&str] = &[
     "return_dict",
 ];
 
+/// Keys that recipes no longer have, with the values they had where nothing else was said.
+const RETIRED: &[(&str, &str)] = &[("lora_plus_ratio", "1.0")];
+
+/// A recipe's values by key.
+fn recipe_values(recipe: &Recipe) -> Result<BTreeMap<String, String>> {
+    let table = toml::Table::try_from(recipe).map_err(|e| Error::recipe("recipe", e.to_string()))?;
+    Ok(table.into_iter().map(|(k, v)| (k, v.to_string())).collect())
+}
+
 impl Identity {
     /// What `run` is made of.
     ///
     /// # Errors
     /// If the recipe cannot be written out, or the base or the start adapter cannot be read.
     pub fn of(run: &Run) -> Result<Self> {
-        let table = toml::Table::try_from(&run.recipe).map_err(|e| Error::recipe("recipe", e.to_string()))?;
         let start = run.recipe.init_adapter.as_deref().map(|path| adapter_hash(Path::new(path))).transpose()?;
         Ok(Self {
-            recipe: table.into_iter().map(|(k, v)| (k, v.to_string())).collect(),
+            recipe: recipe_values(&run.recipe)?,
             data: run.data.key.clone(),
             base: run.model.base_hash()?,
             config: Some(config(&run.model)),
@@ -109,9 +118,11 @@ impl Identity {
         })
     }
 
-    /// Differences that would change what is computed, one line each.
+    /// Differences that would change what is computed, one line each. A key that one side does not know had its default there.
     pub fn changes(&self, now: &Self) -> Vec<String> {
         let mut lines = Vec::new();
+        let mut defaults = recipe_values(&Recipe::default()).unwrap_or_default();
+        defaults.extend(RETIRED.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let absent = "(absent)".to_owned();
         let keys = |a: &BTreeMap<String, String>, b: &BTreeMap<String, String>| {
             let mut keys: Vec<String> = a.keys().chain(b.keys()).cloned().collect();
@@ -121,7 +132,8 @@ impl Identity {
         };
         let mut differ = |what: &str, old: &BTreeMap<String, String>, new: &BTreeMap<String, String>, free: &[&str]| {
             for key in keys(old, new).iter().filter(|key| !free.contains(&key.as_str())) {
-                let (old, new) = (old.get(key).unwrap_or(&absent), new.get(key).unwrap_or(&absent));
+                let unknown = if what == "recipe" { defaults.get(key).unwrap_or(&absent) } else { &absent };
+                let (old, new) = (old.get(key).unwrap_or(unknown), new.get(key).unwrap_or(unknown));
                 if old != new {
                     lines.push(format!("  {what} {key}: was {old}, now {new}"));
                 }

@@ -56,6 +56,8 @@ pub struct Plan {
     pub base_note: Option<String>,
     /// Method of the adapter.
     pub method: String,
+    /// How the parameters move.
+    pub dynamics: &'static str,
     /// Adapted modules.
     pub sites: Vec<SitePlan>,
     /// Patterns and how many modules each matched.
@@ -86,6 +88,7 @@ impl Run {
     pub fn plan(&mut self, rows: usize) -> Result<Plan> {
         use espalier_adapters::{Host, ModuleMut};
         let attached = self.adapters.get(&self.name)?;
+        let dynamics = self.recipe.dynamics_config()?.name();
         let own = |path: &str| -> usize {
             let inside = |n: &str| n.strip_prefix(path).is_some_and(|r| r.starts_with('.'));
             attached.parameters.trainable().filter(|p| inside(&p.name)).map(|p| p.tensor.elem_count()).sum()
@@ -134,6 +137,7 @@ impl Run {
             storage,
             base_note,
             method,
+            dynamics,
             sites,
             patterns,
             dense,

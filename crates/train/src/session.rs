@@ -113,10 +113,13 @@ pub fn run(
 ) -> Result<SessionOutcome> {
     let files = RunFolder::new(&run.recipe.out);
     let checkpoints = files.checkpoints();
+    let recipe = run.recipe.to_toml()?;
+    let moves_base = run.dynamics()?.moves_base();
     // Whatever can be refused is refused before anything is written.
     if !options.allow_memory {
         plan.memory.check()?;
     }
+    let starts = run.starts.clone();
     let training = Training::new(run, Some(&checkpoints), options.resume)?;
     let step = training.state.step as u64;
     if options.resume || options.overwrite {
@@ -145,22 +148,22 @@ pub fn run(
         true => EventWriter::resume(files.root(), step)?,
         false => EventWriter::create(files.root())?,
     };
-    if !run.starts.is_empty() && !(options.resume && files.starts().is_file()) {
-        let entries = run.starts.iter().map(|(name, start)| safetensors::Entry::of(name.clone(), start)).collect();
+    if !starts.is_empty() && !(options.resume && files.starts().is_file()) {
+        let entries = starts.iter().map(|(name, start)| safetensors::Entry::of(name.clone(), start)).collect();
         safetensors::write(&files.starts(), entries, &BTreeMap::new())?;
     }
-    let recipe = run.recipe.to_toml()?;
     atomic::write(&files.recipe(), |out| out.write_all(recipe.as_bytes()))?;
     let mut recorder = Recorder { metrics, events, inner: observer, notices: Vec::new() };
     let outcome = training.run(&mut recorder, stop)?;
     recorder.metrics.sync()?;
     let notices = recorder.notices;
     let (adapter, model, tensors, reload) = match options.scope {
-        Scope::Adapter => {
+        // An adapter says nothing without the base it was trained on: where that changed, the model is the result.
+        Scope::Adapter if !moves_base => {
             let (path, tensors, reload) = write_adapter(run, &files, &outcome, plan, &recipe, &options.command)?;
             (Some(path), None, tensors, Some(reload))
         }
-        Scope::WholeModel => {
+        Scope::Adapter | Scope::WholeModel => {
             let (path, tensors, reload) = write_model(run, &files)?;
             (None, Some(path), tensors, Some(reload))
         }
@@ -272,6 +275,7 @@ fn counts(plan: &Plan) -> Vec<(String, String)> {
 fn facts(outcome: &Outcome, plan: &Plan) -> Vec<(String, String)> {
     let mut facts = vec![
         ("Method".to_owned(), plan.method.clone()),
+        ("Dynamics".to_owned(), plan.dynamics.to_owned()),
         ("Adapted modules".to_owned(), plan.sites.len().to_string()),
         ("Trainable parameters".to_owned(), format!("{} of {}", plan.trainable_parameters, plan.base_parameters)),
         ("Steps".to_owned(), outcome.steps.to_string()),

@@ -56,10 +56,10 @@ pub enum Start {
 }
 
 impl Start {
-    /// The start for a model and the parameters that are trained.
-    pub fn of(model: &Model, parameters: &ParameterMap) -> Self {
+    /// The start for a model and those of the trainable parameters, by their place among them, that are `awake`.
+    pub fn of(model: &Model, parameters: &ParameterMap, awake: impl Fn(usize) -> bool) -> Self {
         let mut first = model.blocks();
-        for parameter in parameters.trainable() {
+        for (_, parameter) in parameters.trainable().enumerate().filter(|(i, _)| awake(*i)) {
             if model.is_before_blocks(&parameter.name) {
                 return Self::Embeddings;
             }

@@ -12,12 +12,13 @@ use espalier_data::TextCodec;
 use espalier_models::Model;
 use serde::Serialize;
 
-use crate::dynamics::schedule::Schedule;
+use crate::dynamics::{Dynamics, Fit};
 use crate::evidence;
 use crate::identity::Identity;
 use crate::live::Liveness;
 use crate::objective::Objective;
 use crate::observer::Observer;
+use crate::optimizer::schedule::Schedule;
 use crate::recipe::Recipe;
 use crate::run::RunFolder;
 use crate::setup::{self, Data};
@@ -154,11 +155,14 @@ impl Run {
     fn assemble(
         recipe: Recipe,
         mut model: Model,
-        attached: Attached,
+        mut attached: Attached,
         material: Material,
         starts: BTreeMap<String, Tensor>,
     ) -> Result<Self> {
         let Material { codec, data, objective } = material;
+        let dynamics =
+            recipe.dynamics_config()?.fit(&mut Fit { recipe: &recipe, model: &mut model, attached: &attached })?;
+        attached.parameters.train_only(|p| dynamics.trains(p));
         let parameters = attached.parameters.clone();
         if parameters.trainable().next().is_none() {
             return Err(Error::recipe("adapter", "nothing is trained: no parameter is trainable"));
@@ -168,6 +172,15 @@ impl Run {
         adapters.add(&name, attached)?;
         adapters.activate(&mut model, &[(&name, 1.0)])?;
         Ok(Self { recipe, model, adapters, name, parameters, codec, data, objective, starts })
+    }
+
+    /// How the parameters move: a new one at each call, at the run's beginning.
+    ///
+    /// # Errors
+    /// If it does not go with the adapter, the model or the optimiser.
+    pub fn dynamics(&mut self) -> Result<Box<dyn Dynamics>> {
+        let attached = self.adapters.get(&self.name)?;
+        self.recipe.dynamics_config()?.fit(&mut Fit { recipe: &self.recipe, model: &mut self.model, attached })
     }
 
     /// Steps of an epoch.

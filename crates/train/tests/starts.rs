@@ -56,7 +56,7 @@ fn by_full_tuning(recipe: &Recipe, batches: usize) -> BTreeMap<String, Tensor> {
         .collect();
     let weight: usize = window.iter().map(|(_, t)| t.weight()).sum();
     let mut gradients = Gradients::new(&parameters);
-    let start = Start::of(&run.model, &parameters);
+    let start = Start::of(&run.model, &parameters, |_| true);
     for (batch, targets) in &window {
         let how = (1.0 / weight as f64, false);
         let _ = tape::accumulate(&run.model, batch, targets, &Flow::eval(), start, how, &mut gradients).unwrap();

@@ -128,7 +128,7 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
 
 /// A whole run of the recipe called `name` with files of its own in `place`.
 fn made(place: &Path, name: &'static str) -> anyhow::Result<Subject> {
-    let recipe = runs::saving(place)?.into_iter().find(|(n, _)| *n == name).context("no such recipe")?.1;
+    let recipe = runs::saving(place, false)?.into_iter().find(|(n, _)| n == name).context("no such recipe")?.1;
     let model = place.join("model");
     copy(Path::new(&recipe.model), &model)?;
     let recipe = Recipe {
@@ -385,7 +385,7 @@ fn adapters(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
 }
 
 fn made_with(place: &Path, i: usize, adapter: toml::Table) -> anyhow::Result<Subject> {
-    let recipe = runs::saving(place)?.into_iter().next().context("no recipe")?.1;
+    let recipe = runs::saving(place, false)?.into_iter().next().context("no recipe")?.1;
     let out = place.join(format!("run-{i}")).display().to_string();
     let recipe = Recipe { max_steps: Some(2), adapter, out, ..recipe };
     runs::session(&recipe, false, &mut Silent)?;

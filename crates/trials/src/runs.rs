@@ -10,6 +10,7 @@ use espalier_adapters::MethodConfig;
 use espalier_adapters::formats::folder::WEIGHTS_FILE;
 use espalier_adapters::formats::safetensors::TensorFile;
 use espalier_models::{LoadOptions, Model};
+use espalier_train::dynamics::DynamicsConfig;
 use espalier_train::plan::Plan;
 use espalier_train::recipe::values::{DataList, DataSource};
 use espalier_train::run::metrics::{self, Record};
@@ -79,11 +80,12 @@ pub(crate) fn example(wanted: &str) -> Result<toml::Table> {
     table(&found.with_context(|| format!("no example `{wanted}`"))?.1)
 }
 
-/// Recipes that save after every step, by name; their rows are written into `folder`.
+/// Recipes that save after every step, by name; their rows are written into `folder`. Every dynamics of the list is among them:
+/// in each of its examples if `all`, else in its last.
 ///
 /// # Errors
 /// If a file cannot be written.
-pub fn saving(folder: &Path) -> Result<Vec<(&'static str, Recipe)>> {
+pub fn saving(folder: &Path, all: bool) -> Result<Vec<(String, Recipe)>> {
     let (tokens, classes) = (folder.join("tokens.jsonl"), folder.join("classes.jsonl"));
     let words = folder.join("words");
     std::fs::write(&tokens, rows(14, 16)?)?;
@@ -120,13 +122,22 @@ pub fn saving(folder: &Path) -> Result<Vec<(&'static str, Recipe)>> {
         max_steps: Some(5),
         ..plain.clone()
     };
-    Ok(vec![
-        ("a new model whole", pretrained),
-        ("next tokens", plain),
-        ("next tokens, evaluated", evaluated),
-        ("packed, accumulated", packed),
-        ("classes", classified),
-    ])
+    let mut cases = vec![
+        ("a new model whole".to_owned(), pretrained),
+        ("next tokens".to_owned(), plain.clone()),
+        ("next tokens, evaluated".to_owned(), evaluated.clone()),
+        ("packed, accumulated".to_owned(), packed),
+        ("classes".to_owned(), classified),
+    ];
+    let examples = DynamicsConfig::examples();
+    for (i, (name, dynamics, adapter)) in examples.iter().enumerate() {
+        let last = examples.get(i + 1).is_none_or(|(_, next, _)| next.name() != dynamics.name());
+        if all || last {
+            let (adapter, dynamics) = (adapter.parse()?, toml::Table::try_from(dynamics)?);
+            cases.push((name.clone(), Recipe { adapter, dynamics, lr: 1e-3, ..evaluated.clone() }));
+        }
+    }
+    Ok(cases)
 }
 
 /// Recipes whose bits must not depend on threads, by name: every method in each of its examples. A run is a few steps of
@@ -232,7 +243,8 @@ pub fn planned(
 /// What a run leaves, times and memory aside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trace {
-    weights: Vec<u8>,
+    /// The tensors of the adapter, or of the model where that is what was trained.
+    result: Vec<u8>,
     /// Step, whether it is an evaluation, bits of the loss and of the gradient's norm.
     records: Vec<(u64, bool, u64, u64)>,
 }
@@ -243,9 +255,9 @@ impl Trace {
     /// # Errors
     /// If a file is missing or malformed.
     pub fn of(out: &Path) -> Result<Self> {
-        let adapter = out.join("adapter").join(WEIGHTS_FILE);
-        let whole = out.join("model/model.safetensors");
-        let weights = std::fs::read(if adapter.is_file() { adapter } else { whole })?;
+        let files = [out.join("adapter").join(WEIGHTS_FILE), out.join("model/model.safetensors")];
+        let found = files.iter().find(|f| f.is_file()).with_context(|| format!("{}: no result", out.display()))?;
+        let result = std::fs::read(found)?;
         let records = metrics::read(out.join("metrics.jsonl"))?
             .into_iter()
             .map(|record| match record {
@@ -253,7 +265,7 @@ impl Trace {
                 Record::Eval(r) => (r.step, true, r.eval_loss.to_bits(), r.eval_tokens),
             })
             .collect();
-        Ok(Self { weights, records })
+        Ok(Self { result, records })
     }
 }
 

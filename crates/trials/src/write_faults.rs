@@ -73,7 +73,7 @@ impl Observer for Newest {
 
 fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     let mut rng = stream(21, "faults");
-    let recipes = runs::saving(scope.scratch)?;
+    let recipes = runs::saving(scope.scratch, scope.is_full())?;
     let share = scope.least.div_ceil(recipes.len() as u64 + 4);
     for (i, (name, recipe)) in recipes.iter().enumerate() {
         let at = |part: String| Recipe { out: scope.scratch.join(part).display().to_string(), ..recipe.clone() };

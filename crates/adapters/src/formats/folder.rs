@@ -329,7 +329,23 @@ fn trains_embedding(host: &mut dyn Host, adapter: &Attached) -> Result<bool> {
 /// # Errors
 /// If a file cannot be written; an earlier one is whole then.
 pub fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Saved> {
-    let (mut config, parameters) = portable(adapter)?;
+    write(host, adapter, portable(adapter)?, folder)
+}
+
+/// Writes the first `rank` components of an adapter into `folder`, as [`save`] does.
+///
+/// # Errors
+/// As [`save`]; if the adapter's products are not nested or have no such rank.
+pub fn save_cut(host: &mut dyn Host, adapter: &Attached, rank: usize, folder: &Path) -> Result<Saved> {
+    write(host, adapter, adapter.cut(rank)?, folder)
+}
+
+fn write(
+    host: &mut dyn Host,
+    adapter: &Attached,
+    (mut config, parameters): (AdapterConfig, ParameterMap),
+    folder: &Path,
+) -> Result<Saved> {
     config.targets.target_modules = listed_targets(host, adapter)?;
     let mut metadata = base_mark::of(host)?;
     metadata.insert("format".to_owned(), "pt".to_owned());

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use espalier_train::dynamics::DYNAMICS;
 use espalier_train::plan::Plan;
 use espalier_train::session::{self, SessionOptions, SessionOutcome};
 use espalier_train::trainer::Scope;
@@ -94,6 +95,9 @@ pub(super) fn summary(plan: &Plan) -> String {
         plan.sites.len(),
         count(plan.trainable_parameters),
     )];
+    if plan.dynamics != DYNAMICS[0] {
+        lines.push(format!("  dynamics: {}", plan.dynamics));
+    }
     lines.extend(plan.base_note.iter().map(|note| format!("  note: {note}")));
     for (pattern, n) in &plan.patterns {
         lines.push(format!("  {pattern}: {n} modules"));

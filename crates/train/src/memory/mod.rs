@@ -16,7 +16,7 @@ pub use system::{available, available_on, keep_freed, peak, peak_on, resident};
 use system::file_pages;
 
 use crate::trainer::Run;
-use crate::{Error, Result};
+use crate::{Error, Result, optimizer};
 
 /// An estimate of the peak, in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,12 +71,16 @@ const GAPS: f64 = 1.0 / 32.0;
 pub fn estimate(run: &mut Run) -> Result<Estimate> {
     let longest = run.data.stores.iter().flat_map(|s| s.lengths()).max().unwrap_or(0);
     let device = run.model.device().clone();
-    let mut told = formula::estimate(&run.recipe, &mut run.model, &run.parameters, longest)?;
+    let rule = optimizer::rule(&run.recipe)?;
+    let moved = run.parameters.trainable().map(|p| optimizer::bytes_of(&*rule, p.tensor.dims())).sum();
+    let moved = run.dynamics()?.bytes(moved);
+    let told = formula::estimate(&run.recipe, &mut run.model, &run.parameters, longest)?;
+    let mut told = Estimate { trained: moved, total: told.total - told.trained + moved, ..told };
     told.available = available_on(&device)?;
     if device.is_cpu() && in_use().is_some() {
         system::give_back();
         let before = resident().zip(file_pages());
-        if let (Some((resident, file)), Some(growth)) = (before, rehearsal::growth(run)?) {
+        if let (Some((resident, file)), Some(growth)) = (before, rehearsal::growth(run, moved)?) {
             let kept = growth.kept.max(0.0) as u64;
             let growth = (growth.peak.max(0.0) * (1.0 + GAPS)) as u64;
             // The rehearsal brought the code of a step into memory.

@@ -170,12 +170,13 @@ fn widest(batcher: &Batcher) -> Result<Option<Batch>> {
     Ok(batcher.widest(0)?.map(|index| batcher.batch(0, index)).transpose()?)
 }
 
-/// What the steps take: accumulation, optimiser and evaluation. None without a batch.
-pub(super) fn growth(run: &Run) -> Result<Option<Growth>> {
+/// What the steps take: accumulation, optimiser and evaluation, where parameters, gradients and all that is kept of them take
+/// `moved` bytes. None without a batch.
+pub(super) fn growth(run: &Run, moved: u64) -> Result<Option<Growth>> {
     let Some(batch) = widest(&run.data.train)? else { return Ok(None) };
     let trained: f64 = gradient_bytes(run).iter().sum();
-    // The optimiser's two moments, in f32, are there before the first step.
-    let moments = 8.0 * run.parameters.trainable_count() as f64;
+    // What the optimiser and the dynamics keep, in f32, is there before the first step.
+    let moments = moved.saturating_sub(8 * run.parameters.trainable_count() as u64) as f64;
     let step = step(run, &batch)?;
     let optimise = trained + optimiser(run);
     let evaluate = match &run.data.eval {
@@ -188,7 +189,7 @@ pub(super) fn growth(run: &Run) -> Result<Option<Growth>> {
 /// One step's gradients.
 fn step(run: &Run, batch: &Batch) -> Result<Growth> {
     let recipe = &run.recipe;
-    let start = Start::of(&run.model, &run.parameters);
+    let start = Start::of(&run.model, &run.parameters, |_| true);
     let flow = Flow::train(recipe.seed, 0, 0);
     let costs = costs_of(run, batch, &flow, start, recipe.checkpointing)?;
     let targets = run.objective.targets(batch)?;
