@@ -6,6 +6,7 @@
 //! A trial that tried less than it says fails, and a figure that is no number is worse than any bar. Nothing prints here:
 //! `cargo xtask trial` and the tests of this crate do.
 
+pub mod golden;
 pub mod record;
 pub mod runs;
 pub mod subject;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use record::Record;
-pub use tally::Tally;
+pub use tally::{Bar, Tally};
 pub use worker::Worker;
 
 /// Calls the macro `then` with the list of all trials: the one list.
@@ -24,6 +25,9 @@ pub use worker::Worker;
 macro_rules! with_trials {
     ($then:ident) => {
         $then! {
+            forward;
+            gradients;
+            museum;
             round_trips;
             merged;
             unmerged;

@@ -5,7 +5,27 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::tally::Beside;
 use crate::{Form, Tally, Trial};
+
+/// A figure beside the first one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    /// What it measures.
+    pub unit: String,
+    /// The figure; None if it is no finite number.
+    pub measured: Option<f64>,
+    /// The largest figure that keeps the promise.
+    pub bar: f64,
+    /// Attempts.
+    pub trials: u64,
+    /// Where the worst value was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst: Option<String>,
+}
+
+/// Worst values by subject and what was measured of it; None where it is no finite number.
+pub type Table = BTreeMap<String, BTreeMap<String, Option<f64>>>;
 
 /// The outcome of a trial.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +53,12 @@ pub struct Record {
     /// Where the worst value was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst: Option<String>,
+    /// Figures beside the first one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub beside: Vec<Figure>,
+    /// Worst values by subject.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub table: Table,
     /// What was tried how often.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
@@ -66,18 +92,30 @@ impl Record {
             std::env::consts::ARCH,
             std::env::consts::OS
         );
+        let finite = |value: f64| value.is_finite().then_some(value);
+        let met = tally.measured <= trial.bar && tally.beside.iter().all(|b| b.measured <= b.bar.bar);
+        let beside = |b: &Beside| Figure {
+            unit: b.bar.unit.into(),
+            measured: finite(b.measured),
+            bar: b.bar.bar,
+            trials: b.trials,
+            worst: b.worst.clone(),
+        };
+        let row = |row: BTreeMap<String, f64>| row.into_iter().map(|(column, value)| (column, finite(value))).collect();
         Self {
             id: trial.id.into(),
             title: trial.title.into(),
             claim: trial.claim.into(),
-            measured: tally.measured.is_finite().then_some(tally.measured),
+            measured: finite(tally.measured),
             unit: trial.unit.into(),
             bar: trial.bar,
             trials: tally.trials,
             least,
-            passed: enough && error.is_none() && tally.measured <= trial.bar,
+            passed: enough && error.is_none() && met,
             command: trial.command(form),
             worst: tally.worst,
+            beside: tally.beside.iter().map(beside).collect(),
+            table: tally.table.into_iter().map(|(name, cells)| (name, row(cells))).collect(),
             counts: tally.counts,
             failures: tally.failures,
             error,
@@ -99,7 +137,7 @@ impl Record {
 mod tests {
     use super::*;
 
-    fn of(fill: fn(&mut Tally), error: Option<String>) -> Record {
+    fn of(fill: impl FnOnce(&mut Tally), error: Option<String>) -> Record {
         let trial =
             Trial { id: "R-00", title: "", claim: "", unit: "", bar: 1.0, bounded: 0, full: 2, run: |_, _| Ok(()) };
         let mut tally = Tally::default();
@@ -113,6 +151,15 @@ mod tests {
         assert!(of(|t| t.value("a", 1.0), None).passed);
         assert!(!of(|t| t.value("a", 1.1), None).passed);
         assert!(!of(|t| t.value("a", 1.0), Some("ended".into())).passed);
+        const BESIDE: crate::Bar = crate::Bar { unit: "b", bar: 2.0 };
+        let beside = |value: f64| {
+            let fill = |t: &mut Tally| {
+                t.value("a", 1.0);
+                t.beside(&BESIDE, "a", value);
+            };
+            of(fill, None).passed
+        };
+        assert!(beside(2.0) && !beside(2.1) && !beside(f64::NAN));
         let nothing = of(|t| t.value("a", f64::NAN), None);
         assert!(!nothing.passed && nothing.measured.is_none());
         assert!(
