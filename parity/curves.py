@@ -108,10 +108,9 @@ def train(model, rows, accumulate=1, max_grad_norm=0.0, warmup_steps=0, schedule
 
 def make():
     """Write golden/curves."""
-    fresh(GOLDEN / "curves")
     for case, (base, args, settings) in CASES.items():
         settings = dict(settings)
-        folder = GOLDEN / "curves" / case
+        folder = fresh(GOLDEN / "curves" / case)
         rows = rows_for(case, settings.pop("unequal", False))
         seed_global(f"curves/{case}")
         with warnings.catch_warnings():

@@ -1,11 +1,11 @@
-"""Write golden/: everything, or only the named parts (families adapters curves quant optim). See README.md."""
+"""Write golden/: everything, or only the named parts (families adapters curves sft quant optim). See README.md."""
 
 import sys
 from importlib import import_module
 
 from common import GOLDEN, manifest
 
-PARTS = ["families", "adapters", "curves", "quant", "optim"]
+PARTS = ["families", "adapters", "curves", "sft", "quant", "optim"]
 LIMIT = 4_000_000
 
 

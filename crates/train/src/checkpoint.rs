@@ -18,7 +18,8 @@ use crate::live::Liveness;
 use crate::{Error, Result};
 
 const PARAMETERS: &str = "parameters.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+/// Name of the file with the moments of AdamW: `m.NAME` and `v.NAME` of every trained tensor.
+pub const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 
 /// Where a run stands after a step.

@@ -68,7 +68,8 @@ pub fn cases() -> Result<Vec<Case>> {
         let config = path.join(CONFIG_FILE);
         let text = std::fs::read_to_string(&config).with_context(|| config.display().to_string())?;
         let json: Value = serde_json::from_str(&text)?;
-        let base = json["base_model_name_or_path"].as_str().with_context(|| format!("{}: no base", config.display()))?;
+        let base =
+            json["base_model_name_or_path"].as_str().with_context(|| format!("{}: no base", config.display()))?;
         let refused = std::fs::read_to_string(path.join("refused.txt")).ok().map(|word| word.trim().to_owned());
         Ok(Case { name: name_of(&path), base: folder().join(base), refused, path })
     };
@@ -90,6 +91,14 @@ impl Case {
     /// If it cannot be loaded.
     pub fn model(&self, dtype: DType) -> Result<Model> {
         Model::load(&self.base, &LoadOptions { dtype, ..LoadOptions::cpu() }).with_context(|| self.name.clone())
+    }
+
+    /// Number of classes, where its base is a classifier.
+    ///
+    /// # Errors
+    /// If the base cannot be loaded.
+    pub fn labels(&self) -> Result<Option<usize>> {
+        Ok(self.model(DType::F32)?.config().labels())
     }
 
     /// The adapter on `model`.

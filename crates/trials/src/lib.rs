@@ -27,11 +27,17 @@ macro_rules! with_trials {
         $then! {
             forward;
             gradients;
-            museum;
+            trajectories;
             round_trips;
+            museum;
+            derivatives;
+            equal_batches;
+            last_window;
             merged;
             unmerged;
+            grouped_products;
             same_bits;
+            packed_apart;
             mutated_adapters;
             killed_runs;
             write_faults;

@@ -122,7 +122,7 @@ impl Subject {
 ///
 /// # Errors
 /// If it does not fit the model.
-pub fn acting(model: &mut Model, adapter: Attached) -> Result<AdapterSet> {
+pub fn acting(model: &mut dyn Host, adapter: Attached) -> Result<AdapterSet> {
     let mut set = AdapterSet::new();
     set.add("a", adapter)?;
     set.activate(model, &[("a", 1.0)])?;
