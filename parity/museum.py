@@ -321,6 +321,27 @@ def part_diffusers():
     exhibit(kohya, "llama1", f"names by {tool}'s converter to kohya's scripts", must_load=False, file="lora.safetensors", reason="image")
 
 
+def part_gguf():
+    """llama.cpp's converter on golden adapters; its folder is the second argument. The logits are PEFT's."""
+    import importlib.metadata as metadata
+    import subprocess
+
+    from safetensors.torch import load_file
+
+    llama_cpp, version = Path(sys.argv[2]), sys.argv[3]
+    tool = f"llama.cpp-{version}"
+    fresh(MUSEUM / tool)
+    for case, base in {"lora_regex": "llama_gqa_tied", "qwen3_lora": "qwen3", "phi3_lora": "phi3"}.items():
+        folder, source = fresh(MUSEUM / tool / case), GOLDEN / "adapters" / case
+        out = folder / "adapter.gguf"
+        run = [sys.executable, str(llama_cpp / "convert_lora_to_gguf.py"), "--base", str(old_folder(base)), "--outtype", "f32", "--outfile", str(out), str(source)]
+        subprocess.run(run, check=True, capture_output=True)
+        expected = load_file(source / "expected.safetensors")
+        save_tensors(folder / "expected.safetensors", {"ids": expected["ids"], "logits": expected["logits"]})
+        exhibit(folder, base, f"convert_lora_to_gguf.py as shipped with {version}, gguf {metadata.version('gguf')}", file="adapter.gguf")
+        print(tool, case)
+
+
 # Names of tensors as other tools write them, after the readers in diffusers' lora_conversion_utils.
 LAYOUTS = {
     "xlabs": {f"double_blocks.0.processor.{p}.{d}.weight": (2, 8) for p in ("qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2") for d in ("down", "up")},
