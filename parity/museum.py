@@ -329,7 +329,7 @@ def part_gguf():
     from safetensors.torch import load_file
 
     llama_cpp, version = Path(sys.argv[2]), sys.argv[3]
-    tool = f"llama.cpp-{version}"
+    tool = f"llama.cpp-of-{version}"
     fresh(MUSEUM / tool)
     for case, base in {"lora_regex": "llama_gqa_tied", "qwen3_lora": "qwen3", "phi3_lora": "phi3"}.items():
         folder, source = fresh(MUSEUM / tool / case), GOLDEN / "adapters" / case
