@@ -86,7 +86,8 @@ fn one(case: &Case, scratch: &Path, tally: &mut Tally) -> Result<()> {
     let mut sums = Gradients::new(&parameters);
     let (start, scale) = (Start::of(&model, &parameters), 1.0 / targets.weight() as f64);
     let loss = tape::accumulate(&model, &batch, &targets, &Flow::eval(), start, (scale, false), &mut sums)?;
-    let (ours, wanted) = (loss.value()? * scale, f64::from(expected.get("loss").context("no loss")?.to_vec1::<f32>()?[0]));
+    let (ours, wanted) =
+        (loss.value()? * scale, f64::from(expected.get("loss").context("no loss")?.to_vec1::<f32>()?[0]));
     tally.beside(&LOSS, case.name.clone(), (ours - wanted).abs() / wanted);
     tally.cell(uses.clone(), "loss", (ours - wanted).abs() / wanted);
     let mut left: BTreeSet<&str> = theirs.keys().map(String::as_str).collect();

@@ -19,7 +19,8 @@ pub static TRIAL: Trial = Trial {
     claim: "Ten rows of unequal length in batches of two, accumulated by three, leave a last window of two batches; its \
             gradient is that of its four rows as one batch: the norm of the difference over the norm, all tensors \
             together. The trainer's own, in f32 on the CPU: AdamW with beta1 = 0 keeps the gradient as its first moment, \
-            which is read from the checkpoint. Every golden adapter of PEFT that is not refused (the bounded form: every fourth); next tokens and classes. \
+            which is read from the checkpoint. Every golden adapter of PEFT that is not refused (the bounded form: every fourth); \
+            next tokens and classes. \
             The mean of the two batches' means is another gradient, and is seen to be.",
     unit: "largest relative error of a gradient, f32",
     bar: 1e-6,

@@ -115,7 +115,8 @@ fn one(family: &Path, method: &MethodConfig, seed: u64, each: u64, name: &str, t
             labels: watched.clone().map(|_| rng.random_range(3..words)).collect(),
             separator: None,
         };
-        let (first, second) = (seen(&model, &parameters, &batch, &targets)?, seen(&model, &parameters, &second, &targets)?);
+        let (first, second) =
+            (seen(&model, &parameters, &batch, &targets)?, seen(&model, &parameters, &second, &targets)?);
         let same = first.logits(watched)? == second.logits(watched)? && first.bits == second.bits;
         anyhow::ensure!(first.logits(changed)? != second.logits(changed)?, "a changed example gives the same logits");
         tally.held(format!("{name}: example {of} saw example {other} of {places:?}"), same);

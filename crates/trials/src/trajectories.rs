@@ -1,6 +1,6 @@
 //! fifty steps give the curve that PEFT and TRL give.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -97,7 +97,7 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
     another_rate_is_seen(folders.first().context("no curves")?)
 }
 
-fn one(folder: &PathBuf, scratch: &Path, tally: &mut Tally) -> Result<()> {
+fn one(folder: &Path, scratch: &Path, tally: &mut Tally) -> Result<()> {
     let (name, curve) = (name_of(folder), read(folder)?);
     let (mut run, steps) = runs::train(recipe(folder, &curve.settings))?;
     anyhow::ensure!(steps.len() == curve.losses.len() && steps.len() == curve.settings.steps, "{} steps", steps.len());

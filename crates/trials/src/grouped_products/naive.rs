@@ -1,4 +1,4 @@
-//! Maps with low-rank factors as loops in f64, forward and backward.
+//! Maps with low-rank factors as loops in f64, forward and backward, and how large what is summed there is.
 
 use candle_core::Tensor;
 
@@ -71,6 +71,10 @@ impl Matrix {
         self
     }
 
+    pub(super) fn absolute(&self) -> Self {
+        Self { values: self.values.iter().map(|v| v.abs()).collect(), ..*self }
+    }
+
     fn with(&self, other: &Self, f: impl Fn(f64, f64) -> f64) -> Self {
         let values = self.values.iter().zip(&other.values).map(|(a, b)| f(*a, *b)).collect();
         Self { values, ..*self }
@@ -104,6 +108,17 @@ impl Map {
         let factors = factors.map(|(a, b, s)| anyhow::Ok((Matrix::of(a)?, Matrix::of(b)?, s))).transpose()?;
         let (gain, bias) = (gain.map(values).transpose()?, bias.map(values).transpose()?);
         Ok(Self { weight: Matrix::of(weight)?, factors, gain, bias })
+    }
+
+    /// The map of absolute values: what it gives for absolute values is how large the terms of each sum are together.
+    pub(super) fn absolute(&self) -> Self {
+        let all = |values: &Option<Vec<f64>>| values.as_ref().map(|v| v.iter().map(|v| v.abs()).collect());
+        Self {
+            weight: self.weight.absolute(),
+            factors: self.factors.as_ref().map(|(a, b, s)| (a.absolute(), b.absolute(), *s)),
+            gain: all(&self.gain),
+            bias: all(&self.bias),
+        }
     }
 
     /// Outputs below the gain.
@@ -181,6 +196,10 @@ impl FeedForward {
         let d_gate = down.x.with(&gate.with(&up, |g, u| silu_slope(g) * u), |d, s| d * s);
         let d_up = down.x.with(&gate, |d, g| d * silu(g));
         let (first, second) = (self.maps[0].backward(x, &d_gate), self.maps[1].backward(x, &d_up));
+        self.together(first, second, down, dy)
+    }
+
+    fn together(&self, first: Gradients, second: Gradients, down: Gradients, dy: &Matrix) -> (Matrix, Vec<Matrix>) {
         let mut dx = first.x.plus(&second.x);
         if self.residual {
             dx = dx.plus(dy);
@@ -192,5 +211,32 @@ impl FeedForward {
         parameters.extend([down.a, down.b]);
         parameters.extend(down.gain);
         (dx, parameters)
+    }
+
+    /// How large what is summed is together, in the result and in what [`Self::backward`] gives: to first order, with every
+    /// sum passed on at its full size.
+    pub(super) fn sizes(&self, x: &Matrix, dy: &Matrix) -> (Matrix, Matrix, Vec<Matrix>) {
+        let [gate, up, down] = [0, 1, 2].map(|i| self.maps[i].absolute());
+        let (g, u) = (self.maps[0].forward(x), self.maps[1].forward(x));
+        let (x, dy) = (x.absolute(), dy.absolute());
+        let (g_size, u_size) = (gate.forward(&x), up.forward(&x));
+        let slope = g.with(&g, |g, _| silu_slope(g).abs());
+        let by_gate = slope.with(&u, |s, u| s * u.abs());
+        let by_up = g.with(&g, |g, _| silu(g).abs());
+        let inner = by_gate.with(&g_size, |s, g| s * g).plus(&by_up.with(&u_size, |s, u| s * u));
+        let mut y = down.forward(&inner);
+        if self.residual {
+            y = y.plus(&x);
+        }
+        let back = down.backward(&inner, &dy);
+        // The slope of the slope is at most a half.
+        let gate_factor =
+            by_gate.plus(&u.with(&g_size, |u, g| 0.5 * u.abs() * g)).plus(&slope.with(&u_size, |s, u| s * u));
+        let up_factor = by_up.plus(&slope.with(&g_size, |s, g| s * g));
+        let d_gate = back.x.with(&gate_factor, |d, f| d * f);
+        let d_up = back.x.with(&up_factor, |d, f| d * f);
+        let (first, second) = (gate.backward(&x, &d_gate), up.backward(&x, &d_up));
+        let (dx, parameters) = self.together(first, second, back, &dy);
+        (y, dx, parameters)
     }
 }
