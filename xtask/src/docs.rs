@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use espalier_models::config::SUPPORTED;
 use espalier_train::recipe::{KEYS, adapter_keys, dynamics_keys};
+use espalier_trials::record::Table;
 use espalier_trials::{Bar, Form, Record, TRIALS, Trial};
 
 const NOTE: &str = "<!-- Made by `cargo xtask docs`; a test compares it with the code. -->\n\n";
@@ -153,6 +154,7 @@ fn reliability(root: &Path) -> String {
             record.command
         );
         let _ = write!(details, "{}", heading(trial));
+        let _ = write!(details, "{}", table(&record.table));
         if !record.counts.is_empty() {
             let counts: Vec<String> = record.counts.iter().map(|(name, n)| format!("{n} {name}")).collect();
             let _ = write!(details, "\nTried: {}.\n", counts.join("; "));
@@ -177,12 +179,40 @@ fn reliability(root: &Path) -> String {
         if let Some(worst) = &record.worst {
             let _ = write!(details, "\nThe worst is {worst}.\n");
         }
+        for figure in &record.figures {
+            if let Some(worst) = &figure.worst {
+                let _ = write!(details, "\nThe worst of {} is {worst}.\n", figure.name);
+            }
+        }
         for failure in record.failures.iter().chain(&record.error) {
             let _ = write!(details, "\n- did not hold: {failure}\n");
         }
         let _ = write!(details, "\nTook {} s on {}.\n", record.seconds, record.machine);
     }
     out + &details
+}
+
+/// The worst values by subject as a table.
+fn table(table: &Table) -> String {
+    let columns: std::collections::BTreeSet<&String> = table.values().flat_map(|row| row.keys()).collect();
+    if columns.is_empty() {
+        return String::new();
+    }
+    let mut out = String::from("\n| |");
+    for name in &columns {
+        let _ = write!(out, " {} |", cell(name));
+    }
+    let _ = writeln!(out, "\n|---|{}", "---|".repeat(columns.len()));
+    for (subject, row) in table {
+        let value = |name: &String| match row.get(name) {
+            Some(Some(value)) => figure(*value),
+            Some(None) => "no number".to_owned(),
+            None => String::new(),
+        };
+        let cells: Vec<String> = columns.iter().map(|name| value(name)).collect();
+        let _ = writeln!(out, "| {} | {} |", cell(subject), cells.join(" | "));
+    }
+    out
 }
 
 fn heading(trial: &Trial) -> String {

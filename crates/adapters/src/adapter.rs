@@ -117,6 +117,12 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// What of the forward pass the gradients leave out on purpose, and why: [`Self::low_rank`] has it as a gain over norms. None
+    /// where gradients are the derivatives.
+    fn holds(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Dropout probability on the input of the product while training; 0 lets fused paths be taken.
     fn dropout(&self) -> f64 {
         0.0

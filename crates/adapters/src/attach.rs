@@ -191,12 +191,16 @@ pub fn candidates(host: &mut dyn Host) -> Result<Vec<Candidate>> {
     Ok(survey(host)?.candidates)
 }
 
-/// Whether `pattern` names the module at `path` or one that contains it.
+/// Whether `pattern` names the module at `path` or one that contains it: by PEFT's rule for whole modules, a path that ends
+/// so, also within a name (`norm` is `input_layernorm` too).
 fn names_module(path: &str, pattern: &str) -> bool {
+    if pattern.is_empty() {
+        return false;
+    }
     let mut end = path.len();
     loop {
         let head = &path[..end];
-        if head == pattern || head.strip_suffix(pattern).is_some_and(|rest| rest.ends_with('.')) {
+        if head.ends_with(pattern) {
             return true;
         }
         match head.rfind('.') {

@@ -20,7 +20,8 @@ use crate::optimizer::Optimizer;
 use crate::{Error, Result};
 
 const PARAMETERS: &str = "parameters.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+/// Name of the file with the moments of AdamW: `m.NAME` and `v.NAME` of every trained tensor.
+pub const OPTIMIZER: &str = "optimizer.safetensors";
 const DYNAMICS: &str = "dynamics.safetensors";
 const STATE: &str = "state.json";
 

@@ -92,7 +92,7 @@ fn model(folder: &Path) -> anyhow::Result<()> {
 
 /// Fifty rows without a poisoned token; row `at`, from 0, holds `token`.
 fn rows(at: Option<(usize, usize)>) -> anyhow::Result<String> {
-    let text = runs::rows_of(50, 16, 40)?;
+    let text = runs::rows_of(0..50, 16, 40)?;
     let row = |(i, line): (usize, &str)| match at {
         Some((n, token)) if n == i => format!("{{\"input_ids\": [5, 9, {token}, 7, {token}, 8, 11]}}\n"),
         _ => format!("{line}\n"),

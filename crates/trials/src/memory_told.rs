@@ -51,7 +51,7 @@ struct Families {
 fn families(folder: &Path, shape: Shape) -> anyhow::Result<Families> {
     let words = folder.join("words");
     let classes = folder.join("classes.jsonl");
-    std::fs::write(&classes, runs::labelled(&words, 48)?)?;
+    std::fs::write(&classes, runs::labelled(&words, 0..48)?)?;
     for length in [64, 128, 256, 512] {
         // The longest first, so that a few steps meet the widest batch there is.
         let text = runs::rows(64, length)?;

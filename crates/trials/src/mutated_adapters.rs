@@ -204,7 +204,8 @@ impl<'a> Bench<'a> {
                 let twice = names.iter().enumerate().any(|(j, other)| {
                     i != j && (name.ends_with(&format!(".{other}")) || other.ends_with(&format!(".{name}")))
                 });
-                if names.len() > 1 && !twice && self.config["exclude_modules"].get(0) != Some(&targets[i]) {
+                let missed = self.tensors.keys().any(|key| key.contains(&format!(".{name}.")));
+                if names.len() > 1 && !twice && missed {
                     self.config_changed(&format!("without target {i}"), |c| {
                         c["target_modules"].as_array_mut().map(|t| t.remove(i));
                     })?;

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Figure, Form, Tally, Trial};
 
+/// Worst values by subject and what was measured of it; None where it is no finite number.
+pub type Table = BTreeMap<String, BTreeMap<String, Option<f64>>>;
+
 /// The outcome of a trial.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -33,6 +36,9 @@ pub struct Record {
     /// Where the worst value was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst: Option<String>,
+    /// Worst values by subject.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub table: Table,
     /// What was tried how often.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
@@ -69,11 +75,13 @@ impl Record {
             std::env::consts::ARCH,
             std::env::consts::OS
         );
+        let finite = |value: f64| value.is_finite().then_some(value);
+        let row = |row: BTreeMap<String, f64>| row.into_iter().map(|(column, value)| (column, finite(value))).collect();
         Self {
             id: trial.id.into(),
             title: trial.title.into(),
             claim: trial.claim.into(),
-            measured: tally.measured.is_finite().then_some(tally.measured),
+            measured: finite(tally.measured),
             unit: trial.unit.into(),
             bar: trial.bar,
             trials: tally.trials,
@@ -81,6 +89,7 @@ impl Record {
             passed: enough && error.is_none() && tally.measured <= trial.bar && tally.figures.iter().all(Figure::holds),
             command: trial.command(form),
             worst: tally.worst,
+            table: tally.table.into_iter().map(|(name, cells)| (name, row(cells))).collect(),
             counts: tally.counts,
             figures: tally.figures,
             failures: tally.failures,
@@ -103,7 +112,7 @@ impl Record {
 mod tests {
     use super::*;
 
-    fn of(fill: fn(&mut Tally), error: Option<String>) -> Record {
+    fn of(fill: impl FnOnce(&mut Tally), error: Option<String>) -> Record {
         let trial =
             Trial { id: "R-00", title: "", claim: "", unit: "", bar: 1.0, bounded: 0, full: 2, run: |_, _| Ok(()) };
         let mut tally = Tally::default();
@@ -126,7 +135,8 @@ mod tests {
             (f64::NAN, Some(AtMost(1.0)), false),
             (f64::NAN, None, true),
         ] {
-            let figure = crate::Figure { name: String::new(), value: value.is_finite().then_some(value), bar };
+            let figure =
+                crate::Figure { name: String::new(), value: value.is_finite().then_some(value), bar, worst: None };
             assert_eq!(figure.holds(), passed, "{figure:?}");
         }
         let further = |t: &mut Tally| {
@@ -134,6 +144,15 @@ mod tests {
             t.figure("b", 2.0, Some(AtMost(1.0)));
         };
         assert!(!of(further, None).passed);
+        const BESIDE: crate::Limit = crate::Limit { unit: "b", bar: 2.0 };
+        let beside = |value: f64| {
+            let fill = |t: &mut Tally| {
+                t.value("a", 1.0);
+                t.beside(&BESIDE, "a", value);
+            };
+            of(fill, None).passed
+        };
+        assert!(beside(2.0) && !beside(2.1) && !beside(f64::NAN));
         let nothing = of(|t| t.value("a", f64::NAN), None);
         assert!(!nothing.passed && nothing.measured.is_none());
         assert!(

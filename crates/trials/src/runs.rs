@@ -1,6 +1,7 @@
 //! Runs to try: small recipes of every objective, and what a run leaves that must not depend on how it came about.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -13,22 +14,23 @@ use espalier_models::{LoadOptions, Model};
 use espalier_train::dynamics::DynamicsConfig;
 use espalier_train::plan::Plan;
 use espalier_train::recipe::values::{DataList, DataSource};
-use espalier_train::run::metrics::{self, Record};
+use espalier_train::run::metrics::{self, Record, StepRecord};
 use espalier_train::session::{self, SessionOptions, SessionOutcome};
 use espalier_train::trainer::Scope;
 use espalier_train::{Observer, Recipe, Run, checkpoint, setup};
 
+use crate::golden::{self, Case};
 use crate::root;
 
 /// Pre-tokenised rows of unequal lengths, made by a fixed formula, the first two labels masked.
 pub(crate) fn rows(count: usize, longest: usize) -> Result<String> {
-    rows_of(count, longest, 60)
+    rows_of(0..count, longest, 60)
 }
 
-/// The same, of `tokens` tokens from 3 on.
-pub(crate) fn rows_of(count: usize, longest: usize, tokens: usize) -> Result<String> {
+/// Those of a range, of `tokens` tokens from 3 on.
+pub(crate) fn rows_of(range: Range<usize>, longest: usize, tokens: usize) -> Result<String> {
     let mut text = String::new();
-    for i in 0..count {
+    for i in range {
         let length = 5 + (i * 7) % (longest - 4);
         let ids: Vec<usize> = (0..length).map(|j| 3 + (i * 31 + j * j * 5 + j * 17) % tokens).collect();
         let labels: Vec<i64> = ids.iter().enumerate().map(|(j, id)| if j < 2 { -100 } else { *id as i64 }).collect();
@@ -38,7 +40,7 @@ pub(crate) fn rows_of(count: usize, longest: usize, tokens: usize) -> Result<Str
 }
 
 /// Rows of text with one of two labels, and a tokenizer of their words in `folder`.
-pub(crate) fn labelled(folder: &Path, count: usize) -> Result<String> {
+pub(crate) fn labelled(folder: &Path, range: Range<usize>) -> Result<String> {
     const WORDS: usize = 40;
     let vocab: serde_json::Map<_, _> = (0..WORDS).map(|i| (format!("w{i}"), i.into())).collect();
     let tokenizer = serde_json::json!({
@@ -50,7 +52,7 @@ pub(crate) fn labelled(folder: &Path, count: usize) -> Result<String> {
     std::fs::create_dir_all(folder)?;
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string())?;
     let mut text = String::new();
-    for i in 0..count {
+    for i in range {
         let words: Vec<String> =
             (0..3 + i % 8).map(|j| format!("w{}", (i * 31 + j * j * 5 + j * 17) % WORDS)).collect();
         writeln!(text, "{{\"text\": \"{}\", \"label\": {}}}", words.join(" "), i % 2)?;
@@ -65,7 +67,8 @@ fn seedling(folder: &Path) -> Result<String> {
     Ok(folder.display().to_string())
 }
 
-pub(crate) fn data(path: &Path) -> DataList {
+/// A data file as recipes name it.
+pub fn data(path: &Path) -> DataList {
     DataList(vec![DataSource { path: path.display().to_string(), weight: None }])
 }
 
@@ -89,7 +92,7 @@ pub fn saving(folder: &Path, all: bool) -> Result<Vec<(String, Recipe)>> {
     let (tokens, classes) = (folder.join("tokens.jsonl"), folder.join("classes.jsonl"));
     let words = folder.join("words");
     std::fs::write(&tokens, rows(14, 16)?)?;
-    std::fs::write(&classes, labelled(&words, 14)?)?;
+    std::fs::write(&classes, labelled(&words, 0..14)?)?;
     let family = |name: &str| root().join("parity/golden/families").join(name).display().to_string();
     let plain = Recipe {
         model: family("llama_gqa_tied"),
@@ -191,7 +194,7 @@ pub fn on_model(folder: &Path, model: &Path) -> Result<Recipe> {
     let file = folder.join("rows.jsonl");
     let classes = loaded.config().labels().is_some();
     let longest = loaded.config().max_positions.min(16);
-    std::fs::write(&file, if classes { labelled(&words, 14)? } else { rows_of(14, longest, 40)? })?;
+    std::fs::write(&file, if classes { labelled(&words, 0..14)? } else { rows_of(0..14, longest, 40)? })?;
     Ok(Recipe {
         model: model.display().to_string(),
         tokenizer: classes.then(|| words.display().to_string()),
@@ -205,7 +208,90 @@ pub fn on_model(folder: &Path, model: &Path) -> Result<Recipe> {
     })
 }
 
-/// Runs a recipe in its folder: a new model whole where the recipe names an architecture, else an adapter.
+/// What rows of tokens are learned for.
+pub const NEXT_TOKENS: &str = "next tokens";
+
+/// A method, its example's name, what is learned, and a recipe of fifty steps of eight rows: every method in each of its
+/// examples without dropout.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn of_eight(folder: &Path) -> Result<Vec<(&'static str, String, &'static str, Recipe)>> {
+    let (tokens, classes, words) = (folder.join("tokens.jsonl"), folder.join("classes.jsonl"), folder.join("words"));
+    std::fs::write(&tokens, rows(8, 16)?)?;
+    std::fs::write(&classes, labelled(&words, 0..8)?)?;
+    let mut all = Vec::new();
+    for (name, method) in MethodConfig::examples() {
+        let adapter = table(&method)?;
+        if adapter.get("dropout").and_then(toml::Value::as_float).is_some_and(|p| p > 0.0) {
+            continue;
+        }
+        let recipe = Recipe {
+            model: golden::folder().join("families/llama_gqa_tied").display().to_string(),
+            device: "cpu".into(),
+            dtype: "f32".into(),
+            data: data(&tokens),
+            batch_size: 8,
+            shuffle: false,
+            lr: 1e-3,
+            max_steps: Some(50),
+            adapter,
+            ..Recipe::default()
+        };
+        let classified = Recipe {
+            model: golden::folder().join("families/bert").display().to_string(),
+            tokenizer: Some(words.display().to_string()),
+            data: data(&classes),
+            ..recipe.clone()
+        };
+        all.push((method.name(), name.clone(), NEXT_TOKENS, recipe));
+        all.push((method.name(), name, "classes", classified));
+    }
+    Ok(all)
+}
+
+/// A recipe that goes on from a golden adapter with the rows of a range, whatever its base learns.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn of_rows(case: &Case, folder: &Path, range: Range<usize>) -> Result<Recipe> {
+    let (file, words) = (folder.join(format!("rows-{}-{}.jsonl", range.start, range.end)), folder.join("words"));
+    let classes = case.labels()?.is_some();
+    std::fs::write(&file, if classes { labelled(&words, range)? } else { rows_of(range, 16, 40)? })?;
+    Ok(Recipe {
+        model: case.base.display().to_string(),
+        init_adapter: Some(case.path.display().to_string()),
+        tokenizer: classes.then(|| words.display().to_string()),
+        device: "cpu".into(),
+        dtype: "f32".into(),
+        data: data(&file),
+        shuffle: false,
+        ..Recipe::default()
+    })
+}
+
+/// Keeps the records of steps.
+#[derive(Debug, Default)]
+struct Steps(Vec<StepRecord>);
+
+impl Observer for Steps {
+    fn step(&mut self, record: &StepRecord) -> espalier_train::Result<()> {
+        self.0.push(record.clone());
+        Ok(())
+    }
+}
+
+/// Runs a recipe without a folder; gives the run and its steps.
+///
+/// # Errors
+/// Those of the run.
+pub fn train(recipe: Recipe) -> Result<(Run, Vec<StepRecord>)> {
+    let (mut run, mut steps) = (Run::prepare(recipe)?, Steps::default());
+    run.train(None, false, &mut steps, &AtomicBool::new(false))?;
+    Ok((run, steps.0))
+}
+
+/// Runs a recipe in its folder.
 ///
 /// # Errors
 /// Those of the run.

@@ -119,6 +119,10 @@ impl Adapter for DoraLayer {
         self.view(base).map(Some)
     }
 
+    fn holds(&self) -> Option<&'static str> {
+        Some("the norm of W + s B A is not differentiated (arXiv 2402.09353 section 4.3)")
+    }
+
     fn dropout(&self) -> f64 {
         self.lora.dropout()
     }
