@@ -18,16 +18,15 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::error::{DataError, Result};
 use crate::row::Row;
 use crate::source::Source;
+use crate::template::shipped;
 
 /// Ends a document; also the padding token.
 const END_OF_TEXT: &str = "<|endoftext|>";
 const TURN_START: &str = "<|im_start|>";
 const TURN_END: &str = "<|im_end|>";
 
-const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n\
-{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n\
-{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}\
-{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// The shipped template of a new tokenizer, whose marks are its special tokens.
+const TEMPLATE: &str = "chatml";
 
 /// What kind of tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,7 +108,7 @@ pub fn train_tokenizer(source: &Source, options: &TokenizerOptions, folder: &Pat
         "model_max_length": 1_000_000,
     });
     write(folder, "tokenizer_config.json", &format!("{config:#}\n"))?;
-    write(folder, "chat_template.jinja", options.chat_template.as_deref().unwrap_or(CHATML))?;
+    write(folder, "chat_template.jinja", options.chat_template.as_deref().or(shipped(TEMPLATE)).unwrap_or_default())?;
     Ok((tokenizer.get_vocab_size(true), rows))
 }
 

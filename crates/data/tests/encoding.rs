@@ -268,7 +268,7 @@ fn views_show_what_is_trained() {
     assert!(views.iter().all(|view| !view.text.is_empty()));
     let bare = TextCodec::ids_only(5);
     let views =
-        describe_example(&bare, &Example { input_ids: vec![1], labels: vec![1], class: None, truncated: false });
+        describe_example(&bare, &Example { input_ids: vec![1], labels: vec![1], class: None, ..Example::default() });
     assert_eq!((views[0].text.as_str(), views[0].trained), ("<1>", false));
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use espalier_adapters::Host;
 use espalier_adapters::formats::{atomic, folder};
+use espalier_data::TEMPLATE_FILE;
 use espalier_models::export::{ExportOptions, copy_companions};
 use serde::Serialize;
 
@@ -219,8 +220,17 @@ fn write_adapter(
     if let Some(from) = run.model.provenance().path().map(Path::to_owned).filter(|p| p.is_dir()) {
         copy_companions(&from, &path)?;
     }
+    write_template(run, &path)?;
     card(run, outcome, plan, recipe, command)?.write(path.join("README.md"))?;
     Ok((path, saved.tensors, reload))
+}
+
+/// The chat template that a recipe chose goes with what was trained by it, in place of the base's.
+fn write_template(run: &Run, folder: &Path) -> Result<()> {
+    if let (Some(_), Some(template)) = (&run.recipe.chat_template, run.codec.template()) {
+        atomic::write(&folder.join(TEMPLATE_FILE), |out| out.write_all(template.source().as_bytes()))?;
+    }
+    Ok(())
 }
 
 fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize)> {
@@ -232,6 +242,7 @@ fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize)> {
     if let Some(tokenizer) = &run.recipe.tokenizer {
         copy_companions(Path::new(tokenizer), &path)?;
     }
+    write_template(run, &path)?;
     Ok((path, exported.tensors))
 }
 

@@ -107,7 +107,7 @@ impl Run {
     fn assemble(recipe: Recipe, mut model: Model, attached: espalier_adapters::attach::Attached) -> Result<Self> {
         let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
         let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
-        let codec = setup::encoding(&recipe, codec, model.config());
+        let codec = setup::encoding(&recipe, codec, model.config())?;
         let data = setup::data(&recipe, &codec, model.config())?;
         let objective = setup::objective(&model, &codec);
         let parameters = attached.parameters.clone();

@@ -6,6 +6,7 @@
 //! A trial that tried less than it says fails, and a figure that is no number is worse than any bar. Nothing prints here:
 //! `cargo xtask trial` and the tests of this crate do.
 
+pub mod chat;
 pub mod record;
 pub mod runs;
 pub mod subject;
@@ -31,6 +32,9 @@ macro_rules! with_trials {
             mutated_adapters;
             killed_runs;
             write_faults;
+            templates;
+            counted_rows;
+            cache_keys;
         }
     };
 }

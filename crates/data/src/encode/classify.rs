@@ -22,15 +22,17 @@ impl TextCodec {
         if let Some(max_length) = self.options.max_length
             && whole > max_length
         {
-            if self.options.truncation == Truncation::Drop {
-                return Err(RowError::TooLong { length: whole, max_length });
-            }
+            let side = match self.options.truncation {
+                Truncation::Right => TruncationDirection::Right,
+                Truncation::Left => TruncationDirection::Left,
+                truncation => return Err(RowError::TooLong { length: whole, max_length, truncation }),
+            };
             // The longer text gives way first; the tokens around the texts stay.
             let room = max_length.saturating_sub(added + bos);
             let (a, b) = shares(first.len(), second.as_ref().map_or(0, Encoding::len), room);
-            first.truncate(a, 0, TruncationDirection::Right);
+            first.truncate(a, 0, side);
             if let Some(second) = second.as_mut() {
-                second.truncate(b, 0, TruncationDirection::Right);
+                second.truncate(b, 0, side);
             }
             truncated = true;
         }

@@ -94,7 +94,7 @@ impl Recipe {
         choice("quantization", &self.quantization, &["none", "nf4", "nf4-double", "int8"])?;
         choice("schedule", &self.schedule, &["constant", "linear", "cosine", "wsd"])?;
         choice("optimizer", &self.optimizer, &["adamw"])?;
-        choice("truncation", &self.truncation, &["right", "drop"])?;
+        choice("truncation", &self.truncation, &["right", "left", "drop", "error"])?;
         choice("text_unit", &self.text_unit, &["line", "paragraph", "file"])?;
         for (key, value) in [("batch_size", self.batch_size), ("accumulation", self.accumulation)] {
             if value == 0 {
