@@ -373,6 +373,7 @@ fn counting_changes_no_result() {
         ("{{ 'a' ~ 1 ~ none }} {{ 1 + 2 }} {{ [1] + [2, 3] }} {{ ([1, 2] + [3]) | length }}", "a1None 3 [1, 2, 3] 3"),
         ("{{ 'hello'[1:3] }} {{ 'hello'[::-1] }} {{ messages[::-1][0].content }}", "el olleh No\n\nmore."),
         ("{{ 'a-b' | replace('-', '+') }} {{ 'a-b'.replace('-', '') }} {{ ', '.join(['x', 'y']) }} {{ ['x', 'y'] | join('/') }}", "a+b ab x, y x/y"),
+        ("{{ 'hello'[-3:-1] }} {{ 'hello'[4:1:-2] }} {{ [1, 2, 3][1:] }} {{ [1, 2, 3][-9:9:2] }} {{ 'a'[5:] }}|", "ll ol [2, 3] [1, 3] |"),
         ("{{ messages | map(attribute='role') | join(' ') }}", "user assistant user assistant"),
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ 'a b'.split(' ')[1] }}", "2 b"),
         ("{{ 'x\ny' | indent(2) }} {{ '%s-%02d' | format('a', 5) }} {{ '{}:{}'.format(1, 'b') }}", "x\n  y a-05 1:b"),

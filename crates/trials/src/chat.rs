@@ -47,8 +47,8 @@ pub fn shipped() -> Vec<Subject> {
         .map(|(name, text)| {
             let spoken = text.split("endgeneration").next().unwrap_or_default();
             let ends = spoken.rfind("~ ").map_or("", |at| &spoken[at + 2..]);
-            let ends = if ends.starts_with("eos_token") { "" } else { spoken };
-            Subject { name: (*name).into(), text: (*text).into(), stop: marks(ends).into_iter().next_back() }
+            let stop = if ends.starts_with("eos_token") { None } else { marks(ends).into_iter().next_back() };
+            Subject { name: (*name).into(), text: (*text).into(), stop }
         })
         .collect()
 }

@@ -7,6 +7,7 @@
 //! `cargo xtask trial` and the tests of this crate do.
 
 pub mod chat;
+pub mod fuzz;
 pub mod record;
 pub mod runs;
 pub mod subject;
@@ -35,6 +36,8 @@ macro_rules! with_trials {
             templates;
             counted_rows;
             cache_keys;
+            fuzzed;
+            supply;
         }
     };
 }

@@ -28,6 +28,7 @@ pub(super) const COUNT: &str = "espalier_count";
 pub(super) const NEST: &str = "espalier_nest";
 pub(super) const ATTRIBUTE: &str = "espalier_attribute";
 pub(super) const TIMES: &str = "espalier_times";
+pub(super) const SLICE: &str = "espalier_slice";
 
 /// Filters whose result can be much larger than what they are given, or that work on the items of a list unseen.
 const BUILDERS: [&str; 17] = [
@@ -118,14 +119,14 @@ fn each(value: &Value, depth: usize, mut act: impl FnMut(&Value) -> Result<(), E
 }
 
 /// What a value holds by itself, in bytes.
-fn shallow(value: &Value) -> usize {
+pub(super) fn shallow(value: &Value) -> usize {
     match value.as_str() {
         Some(text) => text.len(),
         None => ENTRY.saturating_mul(value.len().unwrap_or(0)),
     }
 }
 
-fn refuse(message: &str) -> Error {
+pub(super) fn refuse(message: &str) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.to_owned())
 }
 
@@ -169,34 +170,6 @@ fn attribute(state: &State<'_, '_>, value: Value) -> Result<Value, Error> {
     nest(state, value.clone())?;
     look(&value, 0)?;
     Ok(value)
-}
-
-/// The operator `*`, which can make a string or a list of any length.
-fn times(state: &State<'_, '_>, a: Value, b: Value) -> Result<Value, Error> {
-    let repeated = |what: &Value, by: &Value| -> Result<Value, Error> {
-        let by = by.as_usize().ok_or_else(|| refuse("a text or list can be repeated a whole number of times only"))?;
-        spend(state, shallow(what).max(1).saturating_mul(by))?;
-        if let Some(text) = what.as_str() {
-            return Ok(Value::from(text.repeat(by)));
-        }
-        let items: Vec<Value> = what.try_iter()?.collect();
-        Ok(Value::from(std::iter::repeat_n(items, by).flatten().collect::<Vec<_>>()))
-    };
-    let many = |value: &Value| matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Iterable);
-    if many(&a) {
-        return repeated(&a, &b);
-    }
-    if many(&b) {
-        return repeated(&b, &a);
-    }
-    let unfit = || refuse(&format!("{} times {} is no number", a.kind(), b.kind()));
-    if !a.is_integer() && a.kind() == ValueKind::Number || !b.is_integer() && b.kind() == ValueKind::Number {
-        let float = |value: &Value| f64::try_from(value.clone()).map_err(|_| unfit());
-        return Ok(Value::from(float(&a)? * float(&b)?));
-    }
-    let whole = |value: &Value| i128::try_from(value.clone()).map_err(|_| unfit());
-    let product = whole(&a)?.checked_mul(whole(&b)?).ok_or_else(|| refuse("the product is too large"))?;
-    Ok(i64::try_from(product).map_or_else(|_| Value::from(product), Value::from))
 }
 
 /// Counts what a filter or method called `name` is about to build; `args` begins with the value it is applied to.
@@ -262,7 +235,8 @@ pub(super) fn install(environment: &mut Environment<'_>) {
     environment.add_filter(COUNT, count);
     environment.add_filter(NEST, nest);
     environment.add_filter(ATTRIBUTE, attribute);
-    environment.add_filter(TIMES, times);
+    environment.add_filter(TIMES, super::operators::times);
+    environment.add_filter(SLICE, super::operators::slice);
     for name in BUILDERS {
         environment.add_filter(name, move |state: &State<'_, '_>, args: Rest<Value>| {
             foresee(state, name, &args)?;

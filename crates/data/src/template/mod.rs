@@ -7,6 +7,7 @@
 
 mod functions;
 mod meter;
+mod operators;
 mod program;
 mod repr;
 mod shipped;

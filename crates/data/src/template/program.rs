@@ -1,7 +1,7 @@
 //! A template's instructions with counting put between them; see [`super::meter`].
 //!
 //! The engine counts instructions, and has no hook on its operators. Here its compiled form is taken instead: in front of
-//! `+` and `~` both operands are counted, `*` is a filter, behind whatever gives a new value that value is counted, and
+//! `+` and `~` both operands are counted, `*` and slices are filters, behind whatever gives a new value that value is counted, and
 //! fixed text is put out like any other, so that the formatter sees it.
 
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use minijinja::machinery::{CompiledTemplate, Instruction, Instructions, Vm, make_string_output};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 
-use super::meter::{ATTRIBUTE, COUNT, NEST, TIMES};
+use super::meter::{ATTRIBUTE, COUNT, NEST, SLICE, TIMES};
 
 /// Stands for a filter that is looked up each time it is used.
 const UNCACHED: u8 = u8::MAX;
@@ -49,7 +49,8 @@ fn expanded<'e>(instruction: &Instruction<'e>) -> Result<Vec<Instruction<'e>>, E
         I::EmitRaw(text) => vec![I::LoadConst(Value::from(*text)), I::Emit],
         I::Add | I::StringConcat => vec![filter(COUNT, 1), I::Swap, filter(COUNT, 1), I::Swap, own()],
         I::Mul => vec![filter(TIMES, 2)],
-        I::Slice | I::ApplyFilter(..) | I::CallMethod(..) | I::CallObject(..) => vec![own(), filter(COUNT, 1)],
+        I::Slice => vec![filter(SLICE, 4), filter(COUNT, 1)],
+        I::ApplyFilter(..) | I::CallMethod(..) | I::CallObject(..) => vec![own(), filter(COUNT, 1)],
         I::CallFunction(..) | I::BuildList(_) | I::BuildMap(_) => vec![own(), filter(NEST, 1)],
         I::SetAttr(_) => vec![I::Swap, filter(ATTRIBUTE, 1), I::Swap, own()],
         I::Include(_) | I::LoadBlocks => {
