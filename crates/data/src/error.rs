@@ -251,7 +251,9 @@ pub enum RowError {
         max_length: usize,
     },
     /// The row is longer than the limit and is not to be cut.
-    #[error("{length} tokens, more than max_length {max_length}, and truncation is {truncation:?}; raise max_length, or cut with right or left")]
+    #[error(
+        "{length} tokens, more than max_length {max_length}, and truncation is {truncation:?}; raise max_length, or cut with right or left"
+    )]
     TooLong {
         /// Tokens.
         length: usize,

@@ -382,3 +382,20 @@ fn real_tokenizer_and_data() {
         }
     }
 }
+
+#[test]
+fn a_damaged_tokenizer_is_an_error_with_file_and_line() {
+    let folder = TempDir::new().unwrap();
+    let whole = tokenizer_json(&common::ALL).to_string();
+    // Broken inside of the decoder, the library itself would end the process.
+    for (text, says) in [
+        (whole.replace("\"decoder\":{", "\"decoder\":{\"a\" 1,"), "tokenizer.json:1: invalid JSON"),
+        (whole[..whole.len() / 2].to_owned(), "tokenizer.json:1: invalid JSON"),
+        (whole.replace("\"decoder\":{\"type\":\"ByteLevel\"", "\"decoder\":{\"type\":\"Nothing\""), "tokenizer.json"),
+    ] {
+        assert_ne!(text, whole);
+        std::fs::write(folder.path().join("tokenizer.json"), text).unwrap();
+        let error = TextCodec::from_folder(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+}

@@ -215,7 +215,10 @@ fn turns_that_do_not_end_in_a_stop_token_are_refused_or_counted() {
     let found = built(left_out, accepted, &chat).unwrap().notes.join("; ");
     assert!(found.contains("2 of 2 answers do not end in a stop token") && found.contains("<|im_end|>"), "{found}");
     let bare = EncodeOptions { add_eos: false, ..Default::default() };
-    let found = built(CHATML, bare, "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"c\"}\n").unwrap().notes.join("; ");
+    let found = built(CHATML, bare, "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"c\"}\n")
+        .unwrap()
+        .notes
+        .join("; ");
     assert!(found.contains("1 of 1 answers"), "{found}");
 }
 
@@ -240,7 +243,11 @@ fn answers_that_the_length_limit_cuts_are_counted() {
     ] {
         let store = built(max, truncation).unwrap();
         let report = store.report();
-        assert_eq!((report.used, report.truncated, report.cut_answers), (2, u64::from(max < 17), cut), "{max} {truncation:?}");
+        assert_eq!(
+            (report.used, report.truncated, report.cut_answers),
+            (2, u64::from(max < 17), cut),
+            "{max} {truncation:?}"
+        );
         // The first token of an example is never predicted.
         let said = trained(&store);
         assert!(said == left || format!("b{said}") == left || said.ends_with(left), "{max} {truncation:?}: {said}");
@@ -256,7 +263,8 @@ fn answers_that_the_length_limit_cuts_are_counted() {
 fn a_beginning_of_sequence_stays_in_front() {
     let ids = "{\"input_ids\": [264, 1, 2, 3, 4, 5, 6, 7]}\n";
     let folder = TempDir::new().unwrap();
-    let options = EncodeOptions { max_length: Some(4), truncation: espalier_data::Truncation::Left, ..Default::default() };
+    let options =
+        EncodeOptions { max_length: Some(4), truncation: espalier_data::Truncation::Left, ..Default::default() };
     let codec = codec(None).with_options(options);
     assert_eq!(codec.bos_id(), Some(264));
     let store = TokenStore::build(&source(folder.path(), ids, false), &codec, None).unwrap();

@@ -297,7 +297,9 @@ fn a_template_that_forgets_reasoning_has_its_last_turn_trained() {
     let codec = codec.with_options(EncodeOptions { allow_no_stop: true, ..Default::default() });
     let store = espalier_data::TokenStore::build(&source, &codec, None).unwrap();
     assert_eq!(store.report().last_turn_only, 1);
-    assert!(store.report().notes.iter().any(|note| note.contains("1 of 2 answers are trained in their last turn only")));
+    assert!(
+        store.report().notes.iter().any(|note| note.contains("1 of 2 answers are trained in their last turn only"))
+    );
 }
 
 #[test]
@@ -369,23 +371,50 @@ fn peak_megabytes() -> Option<u64> {
 fn counting_changes_no_result() {
     let messages = talk();
     for (text, expected) in [
-        ("{{ 3 * 4 }} {{ 2.5 * 2 }} {{ true * 2 }} {{ 'ab' * 3 }} {{ 2 * [1, 'x'] }}", "12 5.0 2 ababab [1, 'x', 1, 'x']"),
+        (
+            "{{ 3 * 4 }} {{ 2.5 * 2 }} {{ true * 2 }} {{ 'ab' * 3 }} {{ 2 * [1, 'x'] }}",
+            "12 5.0 2 ababab [1, 'x', 1, 'x']",
+        ),
         ("{{ 'a' ~ 1 ~ none }} {{ 1 + 2 }} {{ [1] + [2, 3] }} {{ ([1, 2] + [3]) | length }}", "a1None 3 [1, 2, 3] 3"),
         ("{{ 'hello'[1:3] }} {{ 'hello'[::-1] }} {{ messages[::-1][0].content }}", "el olleh No\n\nmore."),
-        ("{{ 'a-b' | replace('-', '+') }} {{ 'a-b'.replace('-', '') }} {{ ', '.join(['x', 'y']) }} {{ ['x', 'y'] | join('/') }}", "a+b ab x, y x/y"),
-        ("{{ 'hello'[-3:-1] }} {{ 'hello'[4:1:-2] }} {{ [1, 2, 3][1:] }} {{ [1, 2, 3][-9:9:2] }} {{ 'a'[5:] }}|", "ll ol [2, 3] [1, 3] |"),
+        (
+            "{{ 'a-b' | replace('-', '+') }} {{ 'a-b'.replace('-', '') }} {{ ', '.join(['x', 'y']) }} {{ ['x', 'y'] | join('/') }}",
+            "a+b ab x, y x/y",
+        ),
+        (
+            "{{ 'hello'[-3:-1] }} {{ 'hello'[4:1:-2] }} {{ [1, 2, 3][1:] }} {{ [1, 2, 3][-9:9:2] }} {{ 'a'[5:] }}|",
+            "ll ol [2, 3] [1, 3] |",
+        ),
         ("{{ messages | map(attribute='role') | join(' ') }}", "user assistant user assistant"),
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ 'a b'.split(' ')[1] }}", "2 b"),
         ("{{ 'x\ny' | indent(2) }} {{ '%s-%02d' | format('a', 5) }} {{ '{}:{}'.format(1, 'b') }}", "x\n  y a-05 1:b"),
         ("{% macro m(a, b='z') %}[{{ a }}{{ b }}]{% endmacro %}{{ m('x') }}{{ m('x', b='y') }}", "[xz][xy]"),
-        ("{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% else %}none{% endfor %}", "023"),
+        (
+            "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% else %}none{% endfor %}",
+            "023",
+        ),
         ("{% for i in [] %}x{% else %}none{% endfor %}", "none"),
-        ("{% for x in [1, [2, [3]]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}", "1(2(3))"),
+        (
+            "{% for x in [1, [2, [3]]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}",
+            "1(2(3))",
+        ),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "4"),
-        ("{% set x %}a{{ 1 }}b{% endset %}{{ x | upper }}{{ 'b' in x and 'c' not in x }}{{ x if x == 'a1b' else 'no' }}", "A1BTruea1b"),
-        ("{% filter upper %}abc{% endfilter %}{% block one %}b{% endblock %}{% with a = 3 %}{{ a }}{% endwith %}", "ABCb3"),
-        ("{{ {'a': 1, 'b': [1, 2]} | tojson }}{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "{\"a\": 1, \"b\": [1, 2]}a1"),
-        ("{{ 1 if undefined_name is not defined else 2 }}{{ undefined_name or 'd' }}{{ ('' ~ undefined_name) | length }}", "1d0"),
+        (
+            "{% set x %}a{{ 1 }}b{% endset %}{{ x | upper }}{{ 'b' in x and 'c' not in x }}{{ x if x == 'a1b' else 'no' }}",
+            "A1BTruea1b",
+        ),
+        (
+            "{% filter upper %}abc{% endfilter %}{% block one %}b{% endblock %}{% with a = 3 %}{{ a }}{% endwith %}",
+            "ABCb3",
+        ),
+        (
+            "{{ {'a': 1, 'b': [1, 2]} | tojson }}{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}",
+            "{\"a\": 1, \"b\": [1, 2]}a1",
+        ),
+        (
+            "{{ 1 if undefined_name is not defined else 2 }}{{ undefined_name or 'd' }}{{ ('' ~ undefined_name) | length }}",
+            "1d0",
+        ),
         ("{{ 'aXbX'.count('X') }}{{ 'ab'.count('') }}{{ ''[::-1] | length }}", "230"),
     ] {
         let rendered = template(text).render_text(&messages, None, false);

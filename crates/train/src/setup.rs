@@ -9,8 +9,8 @@ use espalier_adapters::config::TaskType;
 use espalier_adapters::formats::folder;
 use espalier_adapters::{AdapterConfig, Host};
 use espalier_data::{
-    BatchOptions, Batcher, ChatTemplate, DataOptions, EncodeOptions, Mixture, Packing, Part, Report, Source, SplitSize, TextCodec,
-    TextUnit, TokenStore, Truncation, split,
+    BatchOptions, Batcher, ChatTemplate, DataOptions, EncodeOptions, Mixture, Packing, Part, Report, Source, SplitSize,
+    TextCodec, TextUnit, TokenStore, Truncation, split,
 };
 use espalier_models::{LoadOptions, Model, ModelConfig, Quantization};
 

@@ -94,7 +94,8 @@ fn a_conversation_without_a_template_says_where_one_can_be_given() {
     // A shipped template by its name, or a file; the run keeps the one it was trained by.
     let run = Run::prepare(Recipe { chat_template: Some("zephyr".into()), ..with.clone() }).unwrap();
     assert_eq!(run.codec.template().unwrap().source(), espalier_data::shipped("zephyr").unwrap());
-    let file = place.write("mine.jinja", &template.replace("{% endgeneration %}", "{{ eos_token }}{% endgeneration %}"));
+    let file =
+        place.write("mine.jinja", &template.replace("{% endgeneration %}", "{{ eos_token }}{% endgeneration %}"));
     Run::prepare(Recipe { chat_template: Some(file.display().to_string()), ..with.clone() }).unwrap();
     place.refuses(Recipe { chat_template: Some("zephir".into()), ..with }, &["\"zephir\"", "zephyr", "chatml"]);
 }

@@ -26,7 +26,7 @@ pub static TRIAL: Trial = Trial {
             name) is made anew and gives the same tokens, never others.",
     unit: "changes that were not noticed",
     bar: 0.0,
-    bounded: 1000,
+    bounded: 600,
     full: 8000,
     run,
 };
@@ -54,7 +54,7 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
     let mut bench = Bench { folder, data, codec, keys: BTreeMap::new(), tally };
     let key = bench.key(&DataOptions::default())?;
     bench.keys.insert(key, "no change".into());
-    let share = scope.least / 4;
+    let share = scope.least / 3;
     bench.options()?;
     bench.sources(&mut rng, share)?;
     bench.templates(&mut rng, share)?;

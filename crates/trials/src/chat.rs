@@ -61,7 +61,8 @@ pub fn wild(number: usize) -> Option<Subject> {
         rest /= of;
         picked
     };
-    let (style, marked, trim, bos, system, stop, after) = (pick(4), pick(2), pick(2), pick(3), pick(4), pick(2), pick(3));
+    let (style, marked, trim, bos, system, stop, after) =
+        (pick(4), pick(2), pick(2), pick(3), pick(4), pick(2), pick(3));
     if rest > 0 {
         return None;
     }
@@ -73,7 +74,11 @@ pub fn wild(number: usize) -> Option<Subject> {
         2 => ("('[INST] ' if m.role == 'user' else '')", "(' [/INST]' if m.role == 'user' else '\\n')"),
         _ => ("m.role | capitalize ~ ': '", "'\\n\\n'"),
     };
-    let opened = if style == 2 { "''".to_owned() } else { open.replace("m.role", "'assistant'").replace("m['role']", "'assistant'") };
+    let opened = if style == 2 {
+        "''".to_owned()
+    } else {
+        open.replace("m.role", "'assistant'").replace("m['role']", "'assistant'")
+    };
     let begin = ["", "{{ bos_token }}", ""][bos];
     let turn_bos = if bos == 2 { "{% if m.role == 'user' %}{{ bos_token }}{% endif %}" } else { "" };
     let (before, skip) = match system {
@@ -84,10 +89,9 @@ pub fn wild(number: usize) -> Option<Subject> {
             "{% if loop.first and sys %}{{ sys + '\\n\\n' }}{% endif %}",
         ),
         2 => ("{% set rest = messages | rejectattr('role', 'equalto', 'system') | list %}", ""),
-        _ => (
-            "{% set rest = messages %}{% if messages[0].role != 'system' %}{{ 'You are helpful.\\n' }}{% endif %}",
-            "",
-        ),
+        _ => {
+            ("{% set rest = messages %}{% if messages[0].role != 'system' %}{{ 'You are helpful.\\n' }}{% endif %}", "")
+        }
     };
     let after = ["", "{{ '\\n' }}", "\n"][after];
     let (on, off) = if marked == 1 { ("{% generation %}", "{% endgeneration %}") } else { ("", "") };
@@ -96,11 +100,7 @@ pub fn wild(number: usize) -> Option<Subject> {
          {off}{{% else %}}{{{{ {content} ~ {user_end} }}}}{{% endif %}}{after}{{% endfor %}}{{% if add_generation_prompt %}}\
          {{{{ {opened} }}}}{{% endif %}}"
     );
-    Some(Subject {
-        name: format!("style {number}"),
-        text,
-        stop: (stop == 1).then(|| "<|turn_end|>".to_owned()),
-    })
+    Some(Subject { name: format!("style {number}"), text, stop: (stop == 1).then(|| "<|turn_end|>".to_owned()) })
 }
 
 /// A folder with a tokenizer, by name.
@@ -180,7 +180,8 @@ impl Tokenizer {
             of_map(&value["model"]["vocab"]).or(of_list(&value["model"]["vocab"])).unwrap_or(0)
         };
         let added = description["added_tokens"].as_array().cloned().unwrap_or_default();
-        let mut next = added.iter().filter_map(|token| token["id"].as_u64()).max().unwrap_or(0).max(ids(&description)) + 1;
+        let mut next =
+            added.iter().filter_map(|token| token["id"].as_u64()).max().unwrap_or(0).max(ids(&description)) + 1;
         let mut wanted = marks(&template.text);
         wanted.extend(["<s>".to_owned(), self.eos.clone()].into_iter().chain(template.stop.clone()));
         for role in ["system", "user", "assistant"] {
@@ -229,8 +230,21 @@ pub fn conversations() -> Vec<Vec<Message>> {
     let talk = |turns: &[(&str, &str)]| turns.iter().map(|(role, text)| Message::new(*role, *text)).collect::<Vec<_>>();
     vec![
         talk(&[("user", "hello world"), ("assistant", "Grüße, 世界!")]),
-        talk(&[("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "No\n\nmore."), ("user", "d"), ("assistant", "d")]),
-        talk(&[("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."), ("user", "So?"), ("assistant", "So.")]),
+        talk(&[
+            ("user", "a"),
+            ("assistant", "b"),
+            ("user", "c"),
+            ("assistant", "No\n\nmore."),
+            ("user", "d"),
+            ("assistant", "d"),
+        ]),
+        talk(&[
+            ("system", "Be brief."),
+            ("user", "Why?"),
+            ("assistant", "Because."),
+            ("user", "So?"),
+            ("assistant", "So."),
+        ]),
         talk(&[("user", "a > b"), ("assistant", ">"), ("user", "|"), ("assistant", "end")]),
         talk(&[("user", "  spaces  "), ("assistant", "  around  "), ("user", "\n"), ("assistant", "\n\tall\n")]),
         talk(&[("user", "quote"), ("assistant", "{{ messages }} {% if %} \"'\\n\u{E000}")]),

@@ -99,11 +99,11 @@ fn row(kind: Option<&'static str>, truncation: Truncation, rng: &mut ChaCha8Rng)
             (bad[rng.random_range(0..bad.len())].clone(), kind)
         }
         Some("unknown_keys") => (json!({"verse": word}), kind),
-        Some("missing_key") => (json!({"messages": [{"role": "user"}]}), kind),
+        Some("missing_key") => (json!({"text": word, "label": null}), kind),
         Some("wrong_type") => {
             let bad = [
                 json!({"text": 3}),
-                json!({"messages": "hello"}),
+                json!({"messages": [{"role": "user"}]}),
                 json!({"messages": [{"role": 3, "content": "x"}]}),
                 json!({"input_ids": ["a"]}),
                 json!({"prompt": ["a"], "completion": "b"}),

@@ -30,12 +30,12 @@ macro_rules! with_trials {
             merged;
             unmerged;
             same_bits;
-            mutated_adapters;
-            killed_runs;
-            write_faults;
             templates;
             counted_rows;
             cache_keys;
+            mutated_adapters;
+            killed_runs;
+            write_faults;
             fuzzed;
             supply;
         }

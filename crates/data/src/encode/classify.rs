@@ -4,6 +4,7 @@
 
 use tokenizers::{Encoding, PostProcessor, TruncationDirection};
 
+use super::guard::guarded;
 use super::{Example, IGNORE, Outcome, TextCodec, Truncation};
 use crate::error::RowError;
 use crate::row::Label;
@@ -36,8 +37,7 @@ impl TextCodec {
             }
             truncated = true;
         }
-        let joined =
-            tokenizer.post_process(first, second, true).map_err(|error| RowError::Tokenizer(error.to_string()))?;
+        let joined = guarded(|| tokenizer.post_process(first, second, true)).map_err(RowError::Tokenizer)?;
         let mut ids = joined.get_ids().to_vec();
         if let Some(bos) = self.declared_bos(&ids) {
             ids.insert(0, bos);

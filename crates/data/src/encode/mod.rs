@@ -6,6 +6,7 @@
 
 mod classify;
 mod folder;
+mod guard;
 mod label;
 mod limit;
 mod special;
@@ -17,6 +18,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::{Encoding, Tokenizer};
 
 pub(crate) use folder::read_json;
+use guard::guarded;
 use label::label_spans;
 pub use limit::Truncation;
 pub use special::SpecialTokens;
@@ -226,7 +228,7 @@ impl TextCodec {
     /// Text of ids; `skip_special` leaves special tokens out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Outcome<String> {
         let tokenizer = self.tokenizer.as_ref().ok_or(RowError::NoTokenizer)?;
-        tokenizer.decode(ids, skip_special).map_err(|error| RowError::Tokenizer(error.to_string()))
+        guarded(|| tokenizer.decode(ids, skip_special)).map_err(RowError::Tokenizer)
     }
 
     /// A decoder of one growing sequence.
@@ -261,7 +263,7 @@ impl TextCodec {
 
     fn tokenize(&self, text: &str, special: bool) -> Outcome<Encoding> {
         let tokenizer = self.tokenizer.as_ref().ok_or(RowError::NoTokenizer)?;
-        tokenizer.encode(text, special).map_err(|error| RowError::Tokenizer(error.to_string()))
+        guarded(|| tokenizer.encode(text, special)).map_err(RowError::Tokenizer)
     }
 
     /// The declared beginning-of-sequence token, where ids lack it.

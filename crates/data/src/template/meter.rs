@@ -179,7 +179,8 @@ pub(super) fn foresee(state: &State<'_, '_>, name: &str, args: &[Value]) -> Resu
     match name {
         "join" => {
             // As a filter the list comes first, as a method the joiner.
-            let (list, joiner) = if text(0).is_some() && args.len() > 1 { (args.get(1), text(0)) } else { (args.first(), text(1)) };
+            let (list, joiner) =
+                if text(0).is_some() && args.len() > 1 { (args.get(1), text(0)) } else { (args.first(), text(1)) };
             if let Some(list) = list {
                 spend_text(state, list)?;
                 spend(state, list.len().unwrap_or(0).saturating_mul(joiner.map_or(0, str::len)))?;

@@ -96,7 +96,8 @@ impl ChatTemplate {
             environment
                 .add_template_owned(name, text)
                 .map_err(|error| DataError::Template(format!("{name}: {}", functions::explain(&error))))?;
-            let compiled = environment.get_template(name).and_then(|t| Program::new(get_compiled_template(&t)).map(|_| ()));
+            let compiled =
+                environment.get_template(name).and_then(|t| Program::new(get_compiled_template(&t)).map(|_| ()));
             compiled.map_err(|error| DataError::Template(format!("{name}: {}", functions::explain(&error))))?;
         }
         let mut template = Self {
@@ -290,7 +291,8 @@ impl ChatTemplate {
         context.insert(source::ONE.into(), Value::from(1));
         let size = views_size(&context);
         let variables = Jinja::from_serialize(&context);
-        let variables = minijinja::context! { ..minijinja::context!(espalier_meter => meter::Meter::new(size)), ..variables };
+        let variables =
+            minijinja::context! { ..minijinja::context!(espalier_meter => meter::Meter::new(size)), ..variables };
         // The engine's own assertions must not end the process.
         let rendered = catch_unwind(AssertUnwindSafe(|| program.render(&self.environment, variables)));
         let text = match rendered {

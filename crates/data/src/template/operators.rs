@@ -34,7 +34,13 @@ pub(super) fn times(state: &State<'_, '_>, a: Value, b: Value) -> Result<Value, 
 }
 
 /// `value[start:stop:step]`, as Python has it.
-pub(super) fn slice(state: &State<'_, '_>, value: Value, start: Value, stop: Value, step: Value) -> Result<Value, Error> {
+pub(super) fn slice(
+    state: &State<'_, '_>,
+    value: Value,
+    start: Value,
+    stop: Value,
+    step: Value,
+) -> Result<Value, Error> {
     let given = |part: &Value| match part.is_none() || part.is_undefined() {
         true => Ok(None),
         false => i64::try_from(part.clone()).map(|n| Some(i128::from(n))),

@@ -15,31 +15,142 @@ use serde_json::{Value, json};
 
 use crate::{chat, root};
 
-pub(super) const HEADER_WORDS: &[&str] =
-    &["\"__metadata__\"", "\"data_offsets\"", "\"shape\"", "\"dtype\"", "\"BF16\"", "[0,0]", "18446744073709551615", "-1", "null", "{}"];
-pub(super) const CONFIG_WORDS: &[&str] = &[
-    "\"r\"", "\"lora_alpha\"", "\"target_modules\"", "\"(a*)*b\"", "\".*\"", "\"rank_pattern\"", "\"alpha_pattern\"", "1e308", "NaN",
-    "\"modules_to_save\"", "\"trainable_token_indices\"", "65536", "true", "null", "[]", "{}", "\"layers_to_transform\"",
+pub(super) const HEADER_WORDS: &[&str] = &[
+    "\"__metadata__\"",
+    "\"data_offsets\"",
+    "\"shape\"",
+    "\"dtype\"",
+    "\"BF16\"",
+    "[0,0]",
+    "18446744073709551615",
+    "-1",
+    "null",
+    "{}",
 ];
-pub(super) const GGUF_WORDS: &[&str] = &["general.alignment", "general.architecture", "llama.block_count", "token_embd.weight", "GGUF"];
+pub(super) const CONFIG_WORDS: &[&str] = &[
+    "\"r\"",
+    "\"lora_alpha\"",
+    "\"target_modules\"",
+    "\"(a*)*b\"",
+    "\".*\"",
+    "\"rank_pattern\"",
+    "\"alpha_pattern\"",
+    "1e308",
+    "NaN",
+    "\"modules_to_save\"",
+    "\"trainable_token_indices\"",
+    "65536",
+    "true",
+    "null",
+    "[]",
+    "{}",
+    "\"layers_to_transform\"",
+];
+pub(super) const GGUF_WORDS: &[&str] =
+    &["general.alignment", "general.architecture", "llama.block_count", "token_embd.weight", "GGUF"];
 pub(super) const TOKENIZER_WORDS: &[&str] = &[
-    "\"BPE\"", "\"WordPiece\"", "\"Unigram\"", "\"WordLevel\"", "\"ByteLevel\"", "\"Sequence\"", "\"Split\"", "\"Regex\"", "\"(a*)*b\"",
-    "\"normalizer\"", "\"Replace\"", "\"Prepend\"", "\"Metaspace\"", "\"TemplateProcessing\"", "\"Precompiled\"", "\"added_tokens\"",
-    "\"unk_id\"", "4294967295", "null", "\"\"",
+    "\"BPE\"",
+    "\"WordPiece\"",
+    "\"Unigram\"",
+    "\"WordLevel\"",
+    "\"ByteLevel\"",
+    "\"Sequence\"",
+    "\"Split\"",
+    "\"Regex\"",
+    "\"(a*)*b\"",
+    "\"normalizer\"",
+    "\"Replace\"",
+    "\"Prepend\"",
+    "\"Metaspace\"",
+    "\"TemplateProcessing\"",
+    "\"Precompiled\"",
+    "\"added_tokens\"",
+    "\"unk_id\"",
+    "4294967295",
+    "null",
+    "\"\"",
 ];
 pub(super) const TEMPLATE_WORDS: &[&str] = &[
-    "{% for x in range(99999) %}", "{% endfor %}", "{{ x * 99999 }}", "{{ messages | tojson }}", "{% set ns = namespace(x='a') %}",
-    "{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = [ns.x] %}", "[::-1]", "[-9223372036854775808:]", " | join", ".split('')", ".count('')",
-    " | replace('', 'aa')", " | indent(99999)", "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "recursive", "loop(x)", "**99",
-    "{% generation %}", "{% endgeneration %}", "{% include 'default' %}", "{% block a %}{{ super() }}{% endblock %}", " | map('upper')",
-    " | format", "'%99999d'", "loop.index0", "caller()", "{% raw %}", "{#", "-%}", "| list | sort", "strftime_now('%Y')", " is defined",
-    " | batch(3)", "9223372036854775807", " // 0", " % 0", ".format(1)", "'{:>99999}'", " | tojson(indent=99)", "self.a()", "{% break %}",
+    "{% for x in range(99999) %}",
+    "{% endfor %}",
+    "{{ x * 99999 }}",
+    "{{ messages | tojson }}",
+    "{% set ns = namespace(x='a') %}",
+    "{% set ns.x = ns.x ~ ns.x %}",
+    "{% set ns.x = [ns.x] %}",
+    "[::-1]",
+    "[-9223372036854775808:]",
+    " | join",
+    ".split('')",
+    ".count('')",
+    " | replace('', 'aa')",
+    " | indent(99999)",
+    "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}",
+    "recursive",
+    "loop(x)",
+    "**99",
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{% include 'default' %}",
+    "{% block a %}{{ super() }}{% endblock %}",
+    " | map('upper')",
+    " | format",
+    "'%99999d'",
+    "loop.index0",
+    "caller()",
+    "{% raw %}",
+    "{#",
+    "-%}",
+    "| list | sort",
+    "strftime_now('%Y')",
+    " is defined",
+    " | batch(3)",
+    "9223372036854775807",
+    " // 0",
+    " % 0",
+    ".format(1)",
+    "'{:>99999}'",
+    " | tojson(indent=99)",
+    "self.a()",
+    "{% break %}",
 ];
-pub(super) const RECIPE_WORDS: &[&str] =
-    &["[adapter]", "method = ", "lr = 1e999", "data = [{ path = ", "r = -1", "nan", "inf", "target_modules = ", "'''", "\"\\u0000\"", "= ["];
+pub(super) const RECIPE_WORDS: &[&str] = &[
+    "[adapter]",
+    "method = ",
+    "lr = 1e999",
+    "data = [{ path = ",
+    "r = -1",
+    "nan",
+    "inf",
+    "target_modules = ",
+    "'''",
+    "\"\\u0000\"",
+    "= [",
+];
 pub(super) const ROW_WORDS: &[&str] = &[
-    "\"messages\"", "\"role\"", "\"content\"", "\"assistant\"", "\"tools\"", "\"tool_calls\"", "\"weight\"", "\"input_ids\"", "\"labels\"",
-    "\"text\"", "\"chosen\"", "\"rejected\"", "\"label\"", "null", "-1", "1e400", "4294967296", "\\ud800", "\u{feff}", "\"", ",", "\n", "[[[[[[[[",
+    "\"messages\"",
+    "\"role\"",
+    "\"content\"",
+    "\"assistant\"",
+    "\"tools\"",
+    "\"tool_calls\"",
+    "\"weight\"",
+    "\"input_ids\"",
+    "\"labels\"",
+    "\"text\"",
+    "\"chosen\"",
+    "\"rejected\"",
+    "\"label\"",
+    "null",
+    "-1",
+    "1e400",
+    "4294967296",
+    "\\ud800",
+    "\u{feff}",
+    "\"",
+    ",",
+    "\n",
+    "[[[[[[[[",
 ];
 
 fn golden(path: &str) -> Result<Vec<u8>> {
@@ -73,8 +184,11 @@ pub(super) fn gguf() -> Result<Vec<Vec<u8>>> {
 }
 
 pub(super) fn tokenizer() -> Result<Vec<Vec<u8>>> {
-    let words: serde_json::Map<String, Value> =
-        ["[UNK]", "hello", "world", "##s", "a", "b"].iter().enumerate().map(|(id, word)| ((*word).to_owned(), id.into())).collect();
+    let words: serde_json::Map<String, Value> = ["[UNK]", "hello", "world", "##s", "a", "b"]
+        .iter()
+        .enumerate()
+        .map(|(id, word)| ((*word).to_owned(), id.into()))
+        .collect();
     let word_piece = json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [{"id": 0, "content": "[UNK]", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
@@ -115,7 +229,10 @@ pub(super) fn recipe() -> Result<Vec<Vec<u8>>> {
         let adapter = toml::Table::try_from(&method)?;
         all.push(toml::to_string(&Recipe { adapter, ..Recipe::default() })?.into_bytes());
     }
-    all.push(b"data = [{ path = \"a.jsonl\", weight = 2.0 }]\nlr = 1e-3\n[adapter]\nr = 4\ntarget_modules = [\"q_proj\"]\n".to_vec());
+    all.push(
+        b"data = [{ path = \"a.jsonl\", weight = 2.0 }]\nlr = 1e-3\n[adapter]\nr = 4\ntarget_modules = [\"q_proj\"]\n"
+            .to_vec(),
+    );
     Ok(all)
 }
 
@@ -142,19 +259,27 @@ pub(super) fn rows_json() -> Result<Vec<Vec<u8>>> {
 }
 
 pub(super) fn rows_csv() -> Result<Vec<Vec<u8>>> {
-    let tables = ["text\nhello\n\"a \"\"b\"\", c\"\n", "prompt,completion\na,b\n\"line\nbreak\",d\n", "text,label\ngood,1\nbad,0\n"];
+    let tables = [
+        "text\nhello\n\"a \"\"b\"\", c\"\n",
+        "prompt,completion\na,b\n\"line\nbreak\",d\n",
+        "text,label\ngood,1\nbad,0\n",
+    ];
     Ok(tables.map(|table| table.as_bytes().to_vec()).to_vec())
 }
 
 pub(super) fn rows_parquet() -> Result<Vec<Vec<u8>>> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.parquet");
-    [parquet::basic::Compression::UNCOMPRESSED, parquet::basic::Compression::SNAPPY].iter().map(|c| table(&path, *c)).collect()
+    [parquet::basic::Compression::UNCOMPRESSED, parquet::basic::Compression::SNAPPY]
+        .iter()
+        .map(|c| table(&path, *c))
+        .collect()
 }
 
 /// A Parquet file of two columns.
 fn table(path: &Path, compression: parquet::basic::Compression) -> Result<Vec<u8>> {
-    let schema = Arc::new(parse_message_type("message rows { REQUIRED BYTE_ARRAY text (UTF8); REQUIRED INT64 label; }")?);
+    let schema =
+        Arc::new(parse_message_type("message rows { REQUIRED BYTE_ARRAY text (UTF8); REQUIRED INT64 label; }")?);
     let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
     let mut writer = SerializedFileWriter::new(std::fs::File::create(path)?, schema, properties)?;
     let mut group = writer.next_row_group()?;

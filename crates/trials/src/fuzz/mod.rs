@@ -26,10 +26,20 @@ pub struct Target {
 /// All targets.
 pub static TARGETS: &[Target] = &[
     Target { name: "safetensors", run: targets::safetensors, corpus: corpus::safetensors, words: corpus::HEADER_WORDS },
-    Target { name: "adapter_config", run: targets::adapter_config, corpus: corpus::adapter_config, words: corpus::CONFIG_WORDS },
+    Target {
+        name: "adapter_config",
+        run: targets::adapter_config,
+        corpus: corpus::adapter_config,
+        words: corpus::CONFIG_WORDS,
+    },
     Target { name: "gguf", run: targets::gguf, corpus: corpus::gguf, words: corpus::GGUF_WORDS },
     Target { name: "tokenizer", run: targets::tokenizer, corpus: corpus::tokenizer, words: corpus::TOKENIZER_WORDS },
-    Target { name: "chat_template", run: targets::chat_template, corpus: corpus::chat_template, words: corpus::TEMPLATE_WORDS },
+    Target {
+        name: "chat_template",
+        run: targets::chat_template,
+        corpus: corpus::chat_template,
+        words: corpus::TEMPLATE_WORDS,
+    },
     Target { name: "recipe", run: targets::recipe, corpus: corpus::recipe, words: corpus::RECIPE_WORDS },
     Target { name: "rows_jsonl", run: targets::rows_jsonl, corpus: corpus::rows_jsonl, words: corpus::ROW_WORDS },
     Target { name: "rows_json", run: targets::rows_json, corpus: corpus::rows_json, words: corpus::ROW_WORDS },

@@ -123,7 +123,8 @@ pub(super) fn chat_template(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let specials = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(key, token)| (key.to_owned(), token.to_owned()));
     let Ok(template) = ChatTemplate::new(text, specials.into_iter().collect()) else { return };
-    let messages = [("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."), ("user", ""), ("assistant", "So.")];
+    let messages =
+        [("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."), ("user", ""), ("assistant", "So.")];
     let messages = messages.map(|(role, text)| Message::new(role, text));
     let _ = template.render(&messages, None, false);
     let _ = template.render_text(&messages[..2], None, true);
