@@ -252,7 +252,8 @@ pub enum RowError {
     },
     /// The row is longer than the limit and is not to be cut.
     #[error(
-        "{length} tokens, more than max_length {max_length}, and truncation is {truncation:?}; raise max_length, or cut with right or left"
+        "{length} tokens, more than max_length {max_length}, and truncation = \"{truncation}\"; raise max_length, or cut with \
+         right or left"
     )]
     TooLong {
         /// Tokens.

@@ -21,14 +21,14 @@ pub static TRIAL: Trial = Trial {
     unit: "inputs that crashed or hung",
     bar: 0.0,
     bounded: 2000,
-    full: 100_000,
+    full: 10_000,
     run,
 };
 
 /// Longest that one input may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Time of one target in the full form; each has a share of inputs whatever the time.
-const TIME: Duration = Duration::from_secs(55);
+const TIME: Duration = Duration::from_secs(40);
 /// Most memory by which a target may raise that of the process, in MiB.
 const MOST: u64 = 1024;
 

@@ -1,5 +1,7 @@
 //! The length limit: which tokens of a longer example stay, and whether that cut through what is trained.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Example, IGNORE, Outcome, TextCodec};
@@ -18,6 +20,17 @@ pub enum Truncation {
     Drop,
     /// The example is a bad row.
     Error,
+}
+
+impl fmt::Display for Truncation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Truncation::Right => "right",
+            Truncation::Left => "left",
+            Truncation::Drop => "drop",
+            Truncation::Error => "error",
+        })
+    }
 }
 
 impl TextCodec {

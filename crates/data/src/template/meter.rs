@@ -59,7 +59,7 @@ impl Object for Meter {}
 
 impl Meter {
     /// The meter of one rendering of a conversation of `size` bytes.
-    pub(super) fn new(size: usize) -> Value {
+    pub(super) fn of(size: usize) -> Value {
         Value::from_object(Self(AtomicUsize::new(BUDGET.saturating_add(size.saturating_mul(BUDGET_PER_BYTE)))))
     }
 

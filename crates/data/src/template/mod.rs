@@ -119,7 +119,7 @@ impl ChatTemplate {
         let file = folder.join(TEMPLATE_FILE);
         if file.is_file() {
             return Self::new(&shipped::read(&file)?, specials)
-                .map(|template| Some(template.from_file(&file)))
+                .map(|template| Some(template.read_from(&file)))
                 .map_err(|error| error.in_file(&file));
         }
         for name in ["chat_template.json", "tokenizer_config.json"] {
@@ -132,7 +132,7 @@ impl ChatTemplate {
                 None | Some(Value::Null) => {}
                 Some(Value::String(text)) => {
                     return Self::new(text, specials)
-                        .map(|template| Some(template.from_file(&file)))
+                        .map(|template| Some(template.read_from(&file)))
                         .map_err(|error| error.in_file(&file));
                 }
                 Some(Value::Array(list)) => {
@@ -149,7 +149,7 @@ impl ChatTemplate {
                         ))
                     })?;
                     return Self::with_tool_use(default, named("tool_use"), specials)
-                        .map(|template| Some(template.from_file(&file)))
+                        .map(|template| Some(template.read_from(&file)))
                         .map_err(|error| error.in_file(&file));
                 }
                 Some(_) => {
@@ -163,7 +163,7 @@ impl ChatTemplate {
         Ok(None)
     }
 
-    fn from_file(mut self, file: &Path) -> Self {
+    fn read_from(mut self, file: &Path) -> Self {
         self.origin = Some(file.display().to_string());
         self
     }
@@ -292,7 +292,7 @@ impl ChatTemplate {
         let size = views_size(&context);
         let variables = Jinja::from_serialize(&context);
         let variables =
-            minijinja::context! { ..minijinja::context!(espalier_meter => meter::Meter::new(size)), ..variables };
+            minijinja::context! { ..minijinja::context!(espalier_meter => meter::Meter::of(size)), ..variables };
         // The engine's own assertions must not end the process.
         let rendered = catch_unwind(AssertUnwindSafe(|| program.render(&self.environment, variables)));
         let text = match rendered {

@@ -55,7 +55,7 @@ impl ChatTemplate {
                 known.join(", ")
             )));
         }
-        Self::new(&read(path)?, specials).map(|template| template.from_file(path)).map_err(|error| error.in_file(path))
+        Self::new(&read(path)?, specials).map(|template| template.read_from(path)).map_err(|error| error.in_file(path))
     }
 }
 
