@@ -1,5 +1,5 @@
 //! `cargo xtask tidy` checks the invariants; `cargo xtask docs` writes the generated documentation; `cargo xtask trial` tries
-//! what is promised.
+//! what is promised; `cargo xtask supply` prints the bill of materials.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -28,6 +28,16 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Some("trial") => trial::command(&root, &std::env::args().skip(2).collect::<Vec<_>>()),
+        Some("supply") => match espalier_trials::supply::bill() {
+            Ok(bill) => {
+                println!("{bill:#}");
+                ExitCode::SUCCESS
+            }
+            Err(e) => {
+                eprintln!("{e:#}");
+                ExitCode::FAILURE
+            }
+        },
         Some(trial::WORKER) => {
             match std::env::args_os().nth(2).map(|job| espalier_trials::worker::main(job.as_ref())) {
                 Some(Ok(())) => ExitCode::SUCCESS,
@@ -39,7 +49,7 @@ fn main() -> ExitCode {
             }
         }
         _ => {
-            eprintln!("usage: cargo xtask tidy | docs | trial");
+            eprintln!("usage: cargo xtask tidy | docs | trial | supply");
             ExitCode::from(2)
         }
     }

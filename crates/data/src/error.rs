@@ -7,6 +7,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::encode::Truncation;
+
 /// Result of this crate.
 pub type Result<T, E = DataError> = std::result::Result<T, E>;
 
@@ -73,6 +75,20 @@ pub enum DataError {
     /// The chat template does not parse, or failed outside any row.
     #[error("chat template: {0}")]
     Template(String),
+    /// A conversation would teach the model to go on where its turn ends.
+    #[error(
+        "{location}: the trained turn ends in {token:?}, which is no stop token of the model ({stops}), so the model would not \
+         learn to stop; let the template's generation block include the end-of-turn mark, list the mark's id under \
+         eos_token_id in generation_config.json, choose another chat_template, or accept it with allow_no_stop"
+    )]
+    NoStop {
+        /// Where the conversation begins.
+        location: Location,
+        /// The last trained token of the turn.
+        token: String,
+        /// The stop tokens that are known.
+        stops: String,
+    },
     /// An option has a value that cannot be meant.
     #[error("{key}: {message}")]
     Option {
@@ -126,6 +142,14 @@ pub enum DataError {
 impl DataError {
     pub(crate) fn io(path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> DataError {
         move |source| DataError::Io { path: path.as_ref().to_path_buf(), source }
+    }
+
+    /// A template's fault, with the file that the template is from.
+    pub(crate) fn in_file(self, path: &Path) -> DataError {
+        match self {
+            DataError::Template(fault) => DataError::Template(format!("{}: {fault}", path.display())),
+            other => other,
+        }
     }
 
     pub(crate) fn file(path: &Path, line: u64, message: impl Into<String>) -> DataError {
@@ -204,8 +228,9 @@ pub enum RowError {
     },
     /// A conversation came without a chat template.
     #[error(
-        "a conversation needs a chat template, and the model folder has none; put chat_template.jinja into it, or \
-             name a folder with tokenizer and template by `tokenizer`"
+        "a conversation needs a chat template, and the model folder has none; name a shipped one or a file by \
+         `chat_template`, put chat_template.jinja into the folder, or name a folder with tokenizer and template by \
+         `tokenizer`"
     )]
     NoTemplate,
     /// Text came without a tokenizer.
@@ -225,13 +250,18 @@ pub enum RowError {
         /// The limit.
         max_length: usize,
     },
-    /// The row is longer than the limit and truncation is off.
-    #[error("{length} tokens, more than max_length {max_length}, and truncation = \"drop\"")]
+    /// The row is longer than the limit and is not to be cut.
+    #[error(
+        "{length} tokens, more than max_length {max_length}, and truncation = \"{truncation}\"; raise max_length, or cut with \
+         right or left"
+    )]
     TooLong {
         /// Tokens.
         length: usize,
         /// The limit.
         max_length: usize,
+        /// What was to happen.
+        truncation: Truncation,
     },
     /// A token id is not in the vocabulary.
     #[error("{key}[{at}] = {id} is outside the vocabulary of {vocab} tokens")]
@@ -293,7 +323,10 @@ impl RowError {
 
     /// Whether the row is sound but of no use: such rows are counted and passed over even where bad rows are errors.
     pub fn is_refusal(&self) -> bool {
-        matches!(self, RowError::NoTrainedToken | RowError::NoTrainedTokenLeft { .. } | RowError::TooLong { .. })
+        match self {
+            RowError::TooLong { truncation, .. } => *truncation == Truncation::Drop,
+            _ => matches!(self, RowError::NoTrainedToken | RowError::NoTrainedTokenLeft { .. }),
+        }
     }
 
     pub(crate) fn kind(key: impl Into<String>, expected: &'static str, found: &serde_json::Value) -> RowError {

@@ -30,5 +30,5 @@ pub use pack::{Packing, pack};
 pub use row::{Label, Message, Row, Turns};
 pub use source::{DataOptions, Format, Records, Rows, Source, TextUnit};
 pub use store::{ExampleRef, Report, TokenStore, cache_key};
-pub use template::{ChatTemplate, Rendered, SpansFrom};
+pub use template::{ChatTemplate, Rendered, SHIPPED, SpansFrom, TEMPLATE_FILE, shipped};
 pub use train_tokenizer::{TokenizerOptions, train_tokenizer};

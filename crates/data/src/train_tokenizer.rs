@@ -19,16 +19,15 @@ use crate::error::{DataError, Result};
 use crate::faults;
 use crate::row::Row;
 use crate::source::Source;
+use crate::template::shipped;
 
 /// Ends a document; also the padding token.
 const END_OF_TEXT: &str = "<|endoftext|>";
 const TURN_START: &str = "<|im_start|>";
 const TURN_END: &str = "<|im_end|>";
 
-const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n\
-{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n\
-{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}\
-{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// The shipped template of a new tokenizer, whose marks are its special tokens.
+const TEMPLATE: &str = "chatml";
 
 /// What kind of tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,7 +107,7 @@ pub fn train_tokenizer(source: &Source, options: &TokenizerOptions, folder: &Pat
         "clean_up_tokenization_spaces": false,
         "model_max_length": 1_000_000,
     });
-    let template = options.chat_template.as_deref().unwrap_or(CHATML);
+    let template = options.chat_template.as_deref().or(shipped(TEMPLATE)).unwrap_or_default();
     let config = format!("{config:#}\n");
     // The tokenizer goes first and comes last: a folder without it is none, whatever else is there.
     write(folder, &[("tokenizer_config.json", &config), ("chat_template.jinja", template), ("tokenizer.json", &json)])?;

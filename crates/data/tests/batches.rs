@@ -15,7 +15,7 @@ fn store(lengths: &[usize]) -> Arc<TokenStore> {
     let examples = lengths.iter().enumerate().map(|(n, &length)| {
         let input_ids: Vec<u32> = (0..length as u32).map(|t| 1000 * n as u32 + t).collect();
         let labels = input_ids.iter().map(|id| if id.is_multiple_of(3) { IGNORE } else { *id as i32 }).collect();
-        Example { input_ids, labels, class: (n % 2 == 0).then_some(n as u32), truncated: false }
+        Example { input_ids, labels, class: (n % 2 == 0).then_some(n as u32), ..Example::default() }
     });
     Arc::new(TokenStore::from_examples(examples).unwrap())
 }

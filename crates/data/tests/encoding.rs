@@ -268,7 +268,7 @@ fn views_show_what_is_trained() {
     assert!(views.iter().all(|view| !view.text.is_empty()));
     let bare = TextCodec::ids_only(5);
     let views =
-        describe_example(&bare, &Example { input_ids: vec![1], labels: vec![1], class: None, truncated: false });
+        describe_example(&bare, &Example { input_ids: vec![1], labels: vec![1], class: None, ..Example::default() });
     assert_eq!((views[0].text.as_str(), views[0].trained), ("<1>", false));
 }
 
@@ -380,5 +380,22 @@ fn real_tokenizer_and_data() {
                 assert!(trained_text(&codec, &example).ends_with(&format!("{completion}<|endoftext|>")), "{location}");
             }
         }
+    }
+}
+
+#[test]
+fn a_damaged_tokenizer_is_an_error_with_file_and_line() {
+    let folder = TempDir::new().unwrap();
+    let whole = tokenizer_json(&common::ALL).to_string();
+    // Broken inside of the decoder, the library itself would end the process.
+    for (text, says) in [
+        (whole.replace("\"decoder\":{", "\"decoder\":{\"a\" 1,"), "tokenizer.json:1: invalid JSON"),
+        (whole[..whole.len() / 2].to_owned(), "tokenizer.json:1: invalid JSON"),
+        (whole.replace("\"decoder\":{\"type\":\"ByteLevel\"", "\"decoder\":{\"type\":\"Nothing\""), "tokenizer.json"),
+    ] {
+        assert_ne!(text, whole);
+        std::fs::write(folder.path().join("tokenizer.json"), text).unwrap();
+        let error = TextCodec::from_folder(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{CHATML, codec, write};
+use common::{CHATML, codec, trained_text, write};
 use espalier_data::{
     ChatTemplate, DataError, DataOptions, EncodeOptions, Example, Source, SpecialTokens, TextCodec, TokenStore,
     cache_key,
@@ -216,36 +216,88 @@ fn missing_end_of_sequence_is_noted() {
 
 #[test]
 fn examples_with_unequal_lists_are_refused() {
-    let bad = Example { input_ids: vec![1, 2], labels: vec![1], class: None, truncated: false };
+    let bad = Example { input_ids: vec![1, 2], labels: vec![1], class: None, ..Example::default() };
     assert!(TokenStore::from_examples([bad]).unwrap_err().to_string().contains("2 ids and 1 labels"));
 }
 
 #[test]
-fn answers_that_do_not_end_in_a_stop_token_are_counted() {
-    let notes = |template: &str, options: EncodeOptions, content: &str| {
+fn turns_that_do_not_end_in_a_stop_token_are_refused_or_counted() {
+    let built = |template: &str, options: EncodeOptions, content: &str| {
         let folder = TempDir::new().unwrap();
         let (tokenizer, names) = (common::tokenizer(&common::ALL), common::names("<|im_end|>"));
         let specials = SpecialTokens::named(&tokenizer, names.clone());
         let template = ChatTemplate::new(template, names).unwrap();
         let codec = TextCodec::new(tokenizer, Some(template), specials).unwrap().with_options(options);
-        let store = TokenStore::build(&source(folder.path(), content, false), &codec, None).unwrap();
-        store.report().notes.join("; ")
+        TokenStore::build(&source(folder.path(), content, false), &codec, None).map(|store| store.report().clone())
     };
     let turn = |text: &str| {
         format!("{{\"role\": \"user\", \"content\": \"x\"}}, {{\"role\": \"assistant\", \"content\": \"{text}\"}}")
     };
     let chat = format!("{{\"messages\": [{}]}}\n{{\"messages\": [{}, {}]}}\n", turn("y"), turn("a"), turn("b"));
-    assert_eq!(notes(CHATML, EncodeOptions::default(), &chat), "");
+    assert!(built(CHATML, EncodeOptions::default(), &chat).unwrap().notes.is_empty());
     let left_out = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
         {% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}";
-    let found = notes(left_out, EncodeOptions::default(), &chat);
+    let error = built(left_out, EncodeOptions::default(), &chat).unwrap_err();
+    assert!(matches!(error, DataError::NoStop { .. }));
+    for word in ["a.jsonl:1", "\"y\"", "<|im_end|>", "allow_no_stop"] {
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    let accepted = EncodeOptions { allow_no_stop: true, ..Default::default() };
+    let found = built(left_out, accepted, &chat).unwrap().notes.join("; ");
     assert!(found.contains("2 of 2 answers do not end in a stop token") && found.contains("<|im_end|>"), "{found}");
-    let cut = EncodeOptions { max_length: Some(30), ..Default::default() };
-    let long = format!("{{\"messages\": [{}]}}\n", turn("abcdefghijklmnopqrstuvwxyz"));
-    let found =
-        notes(CHATML, EncodeOptions { truncation: espalier_data::Truncation::Right, ..cut }, &format!("{chat}{long}"));
-    assert!(found.contains("1 of 3 answers") && found.contains("1 of them cut off"), "{found}");
     let bare = EncodeOptions { add_eos: false, ..Default::default() };
-    let found = notes(CHATML, bare, "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"c\"}\n");
+    let found = built(CHATML, bare, "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"c\"}\n")
+        .unwrap()
+        .notes
+        .join("; ");
     assert!(found.contains("1 of 1 answers"), "{found}");
+}
+
+#[test]
+fn answers_that_the_length_limit_cuts_are_counted() {
+    use espalier_data::Truncation;
+    let text = "{\"prompt\": \"0123456789\", \"completion\": \"abcdef\"}\n{\"prompt\": \"0\", \"completion\": \"a\"}\n";
+    let built = |max: usize, truncation: Truncation| {
+        let folder = TempDir::new().unwrap();
+        let codec = codec(None).with_options(EncodeOptions { max_length: Some(max), truncation, ..Default::default() });
+        TokenStore::build(&source(folder.path(), text, false), &codec, None)
+    };
+    // 17 tokens: ten of the prompt, six of the answer, and the end.
+    let trained = |store: &TokenStore| trained_text(&codec(None), &store.get(0).unwrap().to_example());
+    for (max, truncation, cut, left) in [
+        (17, Truncation::Right, 0, "abcdef</s>"),
+        (16, Truncation::Right, 1, "abcdef"),
+        (13, Truncation::Right, 1, "abc"),
+        (13, Truncation::Left, 0, "abcdef</s>"),
+        (7, Truncation::Left, 0, "abcdef</s>"),
+        (5, Truncation::Left, 1, "cdef</s>"),
+    ] {
+        let store = built(max, truncation).unwrap();
+        let report = store.report();
+        assert_eq!(
+            (report.used, report.truncated, report.cut_answers),
+            (2, u64::from(max < 17), cut),
+            "{max} {truncation:?}"
+        );
+        // The first token of an example is never predicted.
+        let said = trained(&store);
+        assert!(said == left || format!("b{said}") == left || said.ends_with(left), "{max} {truncation:?}: {said}");
+        assert_eq!(report.notes.iter().any(|note| note.contains("1 of 2 answers lost their")), cut > 0);
+    }
+    let dropped = built(13, Truncation::Drop).unwrap();
+    assert_eq!((dropped.report().used, dropped.report().refused["too_long"]), (1, 1));
+    let error = built(13, Truncation::Error).unwrap_err().to_string();
+    assert!(error.contains("a.jsonl:1") && error.contains("17 tokens, more than max_length 13"), "{error}");
+}
+
+#[test]
+fn a_beginning_of_sequence_stays_in_front() {
+    let ids = "{\"input_ids\": [264, 1, 2, 3, 4, 5, 6, 7]}\n";
+    let folder = TempDir::new().unwrap();
+    let options =
+        EncodeOptions { max_length: Some(4), truncation: espalier_data::Truncation::Left, ..Default::default() };
+    let codec = codec(None).with_options(options);
+    assert_eq!(codec.bos_id(), Some(264));
+    let store = TokenStore::build(&source(folder.path(), ids, false), &codec, None).unwrap();
+    assert_eq!(store.get(0).unwrap().ids().collect::<Vec<_>>(), [264, 5, 6, 7]);
 }

@@ -271,3 +271,153 @@ fn message_keys_reach_the_template_in_order() {
             .unwrap();
     assert_eq!(view.as_object().unwrap().keys().collect::<Vec<_>>(), vec!["role", "content", "z", "a"]);
 }
+
+/// A template that takes the reasoning out of past turns.
+const FORGETFUL: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}\
+{{ m.content.split('</think>') | last }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}\
+<|im_start|>assistant\n{% endif %}";
+
+#[test]
+fn a_template_that_forgets_reasoning_has_its_last_turn_trained() {
+    let mut messages = talk();
+    messages[1].content = "<think>hm</think>Grüße".into();
+    messages[3].content = "<think>so</think>No.".into();
+    let rendered = template(FORGETFUL).render(&messages, None, false).unwrap();
+    assert_eq!(rendered.spans_from, SpansFrom::LastTurn);
+    assert!(!rendered.text.contains("hm"));
+    let said: Vec<&str> = rendered.spans.iter().map(|span| &rendered.text[span.clone()]).collect();
+    assert_eq!(said, ["<think>so</think>No.<|im_end|>"]);
+    // Where nothing was forgotten, all turns are trained.
+    assert_eq!(template(FORGETFUL).render(&talk(), None, false).unwrap().spans.len(), 2);
+    let folder = TempDir::new().unwrap();
+    let rows = json!({"messages": messages}).to_string() + "\n" + &json!({"messages": talk()}).to_string() + "\n";
+    let path = write(folder.path(), "a.jsonl", rows);
+    let source = espalier_data::Source::open(path, Default::default()).unwrap();
+    let codec = codec(None).with_template(ChatTemplate::new(FORGETFUL, names("</s>")).unwrap());
+    let codec = codec.with_options(EncodeOptions { allow_no_stop: true, ..Default::default() });
+    let store = espalier_data::TokenStore::build(&source, &codec, None).unwrap();
+    assert_eq!(store.report().last_turn_only, 1);
+    assert!(
+        store.report().notes.iter().any(|note| note.contains("1 of 2 answers are trained in their last turn only"))
+    );
+}
+
+#[test]
+fn what_a_template_builds_is_bounded() {
+    let doubled = "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}";
+    for (name, text) in [
+        ("plus", doubled.to_owned()),
+        ("tilde", doubled.replace(" + ", " ~ ")),
+        ("times", doubled.replace("ns.x + ns.x", "ns.x * 16")),
+        ("times the other way", doubled.replace("ns.x + ns.x", "16 * ns.x")),
+        ("a list, times", "{{ ([1] * 100000 * 100000) | length }}".to_owned()),
+        ("join", doubled.replace("ns.x + ns.x", "[ns.x, ns.x] | join")),
+        ("join as a method", doubled.replace("ns.x + ns.x", "ns.x.join([ns.x, ns.x, ns.x])")),
+        ("replace", doubled.replace("ns.x + ns.x", "ns.x | replace('a', ns.x)")),
+        ("replace as a method", doubled.replace("ns.x + ns.x", "ns.x.replace('a', ns.x)")),
+        ("format", doubled.replace("ns.x + ns.x", "'%s%s' | format(ns.x, ns.x)")),
+        ("format as a method", doubled.replace("ns.x + ns.x", "'{}{}'.format(ns.x, ns.x)")),
+        ("a wide format", "{{ '%999999999d' | format(3) }}".to_owned()),
+        ("a wide indent", "{{ 'a' | indent(999999999, true) }}".to_owned()),
+        ("a wide indent by name", "{{ 'a\nb' | indent(width=999999999) }}".to_owned()),
+        ("a wide tojson", "{{ [1] | tojson(indent=999999999) }}".to_owned()),
+        ("capture", "{% set x = 'ab' %}{% set ns = namespace(x=x) %}{% for i in range(40) %}{% set y %}{{ ns.x }}{{ ns.x }}\
+            {% endset %}{% set ns.x = y %}{% endfor %}".to_owned()),
+        ("output", format!("{{% for i in range(100000) %}}{}{{% endfor %}}", "x".repeat(1000))),
+        ("raw capture", format!("{{% set y %}}{{% for i in range(100000) %}}{}{{% endfor %}}{{% endset %}}", "x".repeat(1000))),
+        ("a macro", "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='ab') %}{% for i in range(40) %}\
+            {% set ns.x = m(ns.x) %}{% endfor %}".to_owned()),
+        ("copies in a list", "{% set x = 'ab' * 100000 %}{% set ns = namespace(l=[]) %}{% for i in range(100000) %}\
+            {% set ns.l = ns.l + [x ~ i] %}{% endfor %}".to_owned()),
+        ("slices in a list", "{% set x = 'ab' * 100000 %}{% set ns = namespace(l=[]) %}{% for i in range(100000) %}\
+            {% set ns.l = ns.l + [x[1:]] %}{% endfor %}".to_owned()),
+        ("laughs", "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}".to_owned()),
+        ("laughs as JSON", "{% set ns = namespace(x=[1]) %}{% for i in range(25) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}\
+            {% endfor %}{{ ns.x | tojson }}".to_owned()),
+        ("a deep list", "{% set ns = namespace(x=[1]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}".to_owned()),
+        ("a deep dictionary", "{% set ns = namespace(x=1) %}{% for i in range(100000) %}{% set ns.x = dict(a=ns.x) %}{% endfor %}".to_owned()),
+        ("a namespace in itself", "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}".to_owned()),
+        ("a namespace in its list", "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns }}".to_owned()),
+        ("upper case of many", "{% set x = 'ab' * 1000000 %}{{ ([x] * 1000) | map('upper') | list | length }}".to_owned()),
+        ("a recursive loop", "{% for x in [[[1]]] recursive %}{{ 'a' * 9000000 }}{% if x is iterable %}{{ loop(x) }}{% endif %}{% endfor %}\
+            {{ 'a' * 9000000 }}{{ 'a' * 9000000 }}".to_owned()),
+        ("a long chain", format!("{{{{ x{} }}}}", "+x".repeat(100_000))),
+        ("a long chain of filters", format!("{{{{ x{} }}}}", " | e".repeat(100_000))),
+        ("many branches", format!("{{% if x %}}{}{{% endif %}}", "{% elif x %}".repeat(100_000))),
+        ("constants, times", "{{ ('a' * 9999 * 9999) | length }}{{ ('b' * 9999 * 9999) | length }}".to_owned()),
+        ("another template", "{% include 'default' %}".to_owned()),
+        ("its meter", "{% set espalier_meter = 3 %}{{ 'a' ~ 'b' }}".to_owned()),
+    ] {
+        let began = std::time::Instant::now();
+        let made = ChatTemplate::new(&text, names("</s>"));
+        let failed = match made {
+            Ok(template) => template.render_text(&talk(), None, false).map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        assert!(failed.as_ref().is_err_and(|e| e.contains("template")), "{name}: {:?}", failed.map(|t| t.len()));
+        assert!(began.elapsed().as_secs() < 20, "{name}: {:?}", began.elapsed());
+    }
+    assert!(peak_megabytes().is_none_or(|peak| peak < 600), "{:?}", peak_megabytes());
+}
+
+/// Highest memory of this process, where the system tells.
+fn peak_megabytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
+}
+
+#[test]
+fn counting_changes_no_result() {
+    let messages = talk();
+    for (text, expected) in [
+        (
+            "{{ 3 * 4 }} {{ 2.5 * 2 }} {{ true * 2 }} {{ 'ab' * 3 }} {{ 2 * [1, 'x'] }}",
+            "12 5.0 2 ababab [1, 'x', 1, 'x']",
+        ),
+        ("{{ 'a' ~ 1 ~ none }} {{ 1 + 2 }} {{ [1] + [2, 3] }} {{ ([1, 2] + [3]) | length }}", "a1None 3 [1, 2, 3] 3"),
+        ("{{ 'hello'[1:3] }} {{ 'hello'[::-1] }} {{ messages[::-1][0].content }}", "el olleh No\n\nmore."),
+        (
+            "{{ 'a-b' | replace('-', '+') }} {{ 'a-b'.replace('-', '') }} {{ ', '.join(['x', 'y']) }} {{ ['x', 'y'] | join('/') }}",
+            "a+b ab x, y x/y",
+        ),
+        (
+            "{{ 'hello'[-3:-1] }} {{ 'hello'[4:1:-2] }} {{ [1, 2, 3][1:] }} {{ [1, 2, 3][-9:9:2] }} {{ 'a'[5:] }}|",
+            "ll ol [2, 3] [1, 3] |",
+        ),
+        ("{{ messages | map(attribute='role') | join(' ') }}", "user assistant user assistant"),
+        ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ 'a b'.split(' ')[1] }}", "2 b"),
+        ("{{ 'x\ny' | indent(2) }} {{ '%s-%02d' | format('a', 5) }} {{ '{}:{}'.format(1, 'b') }}", "x\n  y a-05 1:b"),
+        ("{% macro m(a, b='z') %}[{{ a }}{{ b }}]{% endmacro %}{{ m('x') }}{{ m('x', b='y') }}", "[xz][xy]"),
+        (
+            "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% else %}none{% endfor %}",
+            "023",
+        ),
+        ("{% for i in [] %}x{% else %}none{% endfor %}", "none"),
+        (
+            "{% for x in [1, [2, [3]]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}",
+            "1(2(3))",
+        ),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "4"),
+        (
+            "{% set x %}a{{ 1 }}b{% endset %}{{ x | upper }}{{ 'b' in x and 'c' not in x }}{{ x if x == 'a1b' else 'no' }}",
+            "A1BTruea1b",
+        ),
+        (
+            "{% filter upper %}abc{% endfilter %}{% block one %}b{% endblock %}{% with a = 3 %}{{ a }}{% endwith %}",
+            "ABCb3",
+        ),
+        (
+            "{{ {'a': 1, 'b': [1, 2]} | tojson }}{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}",
+            "{\"a\": 1, \"b\": [1, 2]}a1",
+        ),
+        (
+            "{{ 1 if undefined_name is not defined else 2 }}{{ undefined_name or 'd' }}{{ ('' ~ undefined_name) | length }}",
+            "1d0",
+        ),
+        ("{{ 'aXbX'.count('X') }}{{ 'ab'.count('') }}{{ ''[::-1] | length }}", "230"),
+    ] {
+        let rendered = template(text).render_text(&messages, None, false);
+        assert_eq!(rendered.as_deref(), Ok(expected), "{text}");
+    }
+}

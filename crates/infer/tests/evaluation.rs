@@ -24,7 +24,7 @@ fn log_p(model: &Model, ids: &[u32], place: usize, id: u32) -> f64 {
 
 fn example(ids: &[u32], trained: impl Fn(usize) -> bool, class: Option<u32>) -> Example {
     let labels = ids.iter().enumerate().map(|(i, id)| if trained(i) { *id as i32 } else { IGNORE }).collect();
-    Example { input_ids: ids.to_vec(), labels, class, truncated: false }
+    Example { input_ids: ids.to_vec(), labels, class, ..Example::default() }
 }
 
 fn options(batch_size: usize) -> EvalOptions {

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use espalier_adapters::Host;
 use espalier_adapters::formats::{atomic, folder, safetensors};
+use espalier_data::TEMPLATE_FILE;
 use espalier_models::LoadOptions;
 use espalier_models::export::copy_companions;
 use serde::Serialize;
@@ -240,8 +241,17 @@ fn write_adapter(
     if let Some(from) = run.model.provenance().path().map(Path::to_owned).filter(|p| p.is_dir()) {
         copy_companions(&from, &path)?;
     }
+    write_template(run, &path)?;
     card(run, outcome, plan, recipe, command)?.write(path.join("README.md"))?;
     Ok((path, saved.tensors, reload))
+}
+
+/// The chat template that a recipe chose goes with what was trained by it, in place of the base's.
+fn write_template(run: &Run, folder: &Path) -> Result<()> {
+    if let (Some(_), Some(template)) = (&run.recipe.chat_template, run.codec.template()) {
+        atomic::write(&folder.join(TEMPLATE_FILE), |out| out.write_all(template.source().as_bytes()))?;
+    }
+    Ok(())
 }
 
 fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize, Reload)> {
@@ -253,6 +263,7 @@ fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize, Relo
     let probe = Probe::made(run.model.config(), &run.codec, &trained.collect::<Vec<_>>())?;
     // Read back before it takes its place: a model that says something else than the run is no result.
     let written = merge::model_verified(&mut run.model, &path, &options, &probe)?;
+    write_template(run, &path)?;
     let (max_difference, limit) = (written.comparison.max_difference, written.limit);
     Ok((path, written.tensors, Reload { probe_tokens: probe.tokens(), max_difference, limit }))
 }

@@ -11,8 +11,8 @@ use espalier_adapters::config::TaskType;
 use espalier_adapters::formats::folder;
 use espalier_adapters::{AdapterConfig, Host};
 use espalier_data::{
-    BatchOptions, Batcher, DataOptions, EncodeOptions, Mixture, Packing, Part, Report, Source, SplitSize, TextCodec,
-    TextUnit, TokenStore, Truncation, split,
+    BatchOptions, Batcher, ChatTemplate, DataOptions, EncodeOptions, Mixture, Packing, Part, Report, Source, SplitSize,
+    TextCodec, TextUnit, TokenStore, Truncation, split,
 };
 use espalier_models::{LoadOptions, Model, ModelConfig, Quantization};
 
@@ -215,16 +215,36 @@ pub fn max_length(recipe: &Recipe, config: &ModelConfig) -> usize {
     }
 }
 
-/// The codec with the recipe's way of encoding rows.
-pub fn encoding(recipe: &Recipe, codec: TextCodec, config: &ModelConfig) -> TextCodec {
+/// The codec with the recipe's way of encoding rows, and its chat template where it names one.
+///
+/// # Errors
+/// If the chat template cannot be read.
+pub fn encoding(recipe: &Recipe, codec: TextCodec, config: &ModelConfig) -> Result<TextCodec> {
     let label_names = config.label_names();
-    codec.with_options(EncodeOptions {
+    let codec = with_template(codec, recipe.chat_template.as_deref())?;
+    Ok(codec.with_options(EncodeOptions {
         max_length: Some(max_length(recipe, config)),
         completion_only: recipe.completion_only,
-        truncation: if recipe.truncation == "drop" { Truncation::Drop } else { Truncation::Right },
+        truncation: match recipe.truncation.as_str() {
+            "left" => Truncation::Left,
+            "drop" => Truncation::Drop,
+            "error" => Truncation::Error,
+            _ => Truncation::Right,
+        },
         label_names,
+        allow_no_stop: recipe.allow_no_stop,
         ..EncodeOptions::default()
-    })
+    }))
+}
+
+/// The codec with another chat template: a file, or a shipped one by its name.
+///
+/// # Errors
+/// If there is none of that name, or it cannot be read.
+pub fn with_template(codec: TextCodec, name: Option<&str>) -> Result<TextCodec> {
+    let Some(name) = name else { return Ok(codec) };
+    let template = ChatTemplate::named(name, codec.specials().named.clone())?;
+    Ok(codec.with_template(template))
 }
 
 type Stores = (Vec<Arc<TokenStore>>, Vec<(String, Report)>, Vec<String>);

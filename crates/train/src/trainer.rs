@@ -60,7 +60,7 @@ impl Material {
     fn of(recipe: &Recipe, model: &Model) -> Result<Self> {
         let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
         let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
-        let codec = setup::encoding(recipe, codec, model.config());
+        let codec = setup::encoding(recipe, codec, model.config())?;
         let data = setup::data(recipe, &codec, model.config())?;
         let objective = setup::objective(model, &codec);
         Ok(Self { codec, data, objective })

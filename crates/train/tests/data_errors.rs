@@ -88,7 +88,16 @@ fn a_conversation_without_a_template_says_where_one_can_be_given() {
     let template =
         "{% for m in messages %}{{ m.content }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
     std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
-    Run::prepare(with).unwrap();
+    // This one never says where a turn ends, and is refused for that unless it is wanted.
+    place.refuses(with.clone(), &["chat.jsonl:1", "no stop token", "<|endoftext|>", "allow_no_stop"]);
+    Run::prepare(Recipe { allow_no_stop: true, ..with.clone() }).unwrap();
+    // A shipped template by its name, or a file; the run keeps the one it was trained by.
+    let run = Run::prepare(Recipe { chat_template: Some("zephyr".into()), ..with.clone() }).unwrap();
+    assert_eq!(run.codec.template().unwrap().source(), espalier_data::shipped("zephyr").unwrap());
+    let file =
+        place.write("mine.jinja", &template.replace("{% endgeneration %}", "{{ eos_token }}{% endgeneration %}"));
+    Run::prepare(Recipe { chat_template: Some(file.display().to_string()), ..with.clone() }).unwrap();
+    place.refuses(Recipe { chat_template: Some("zephir".into()), ..with }, &["\"zephir\"", "zephyr", "chatml"]);
 }
 
 #[test]

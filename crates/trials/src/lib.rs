@@ -6,6 +6,8 @@
 //! A trial that tried less than it says fails, and a figure that is no number is worse than any bar. Nothing prints here:
 //! `cargo xtask trial` and the tests of this crate do.
 
+pub mod chat;
+pub mod fuzz;
 pub mod golden;
 pub mod made;
 pub mod record;
@@ -45,6 +47,9 @@ macro_rules! with_trials {
             grouped_products;
             same_bits;
             packed_apart;
+            templates;
+            counted_rows;
+            cache_keys;
             mutated_adapters;
             live_tensors;
             killed_runs;
@@ -52,6 +57,8 @@ macro_rules! with_trials {
             changed_runs;
             broken_runs;
             memory_told;
+            fuzzed;
+            supply;
         }
     };
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use espalier_adapters::AdapterSet;
 use espalier_adapters::formats::piecewise::{Piece, Piecewise};
 use espalier_adapters::formats::{folder, forms};
-use espalier_data::TextCodec;
+use espalier_data::{TEMPLATE_FILE, TextCodec};
 use espalier_models::{LoadOptions, Model, Streamed};
 use espalier_train::{Recipe, setup};
 
@@ -26,6 +26,9 @@ pub(crate) struct ModelArgs {
     /// Folder of the tokenizer, where the model's own folder has none.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
+    /// Chat template: a Jinja file, or the name of a shipped one; else that of an adapter's folder, else the model's.
+    #[arg(long)]
+    pub(crate) chat_template: Option<String>,
     /// Revision of a hub model.
     #[arg(long)]
     pub(crate) revision: Option<String>,
@@ -87,6 +90,7 @@ impl ModelArgs {
             model: model.to_owned(),
             adapter: vec![adapter.to_owned()],
             tokenizer: None,
+            chat_template: None,
             revision: None,
             device: "auto".into(),
             dtype: "auto".into(),
@@ -158,17 +162,22 @@ impl ModelArgs {
             .enumerate()
             .map(|(i, text)| {
                 let (name, path, weight) = parse(text, i)?;
-                Ok((name, weight, forms::read(&path, self.adapter_alpha)?))
+                let files = forms::read(&path, self.adapter_alpha)?;
+                Ok((name, weight, files, path.join(TEMPLATE_FILE)))
             })
             .collect::<Result<Vec<_>>>()?;
         let (path, mut options) = self.place()?;
         options.labels =
-            labels(&path, files.iter().find_map(|(.., f)| head_rows(|name| f.tensors.get(name)?.dim(0).ok())));
+            labels(&path, files.iter().find_map(|(_, _, f, _)| head_rows(|name| f.tensors.get(name)?.dim(0).ok())));
         let mut model = Model::load(&path, &options)?;
-        let codec = setup::codec(&path, self.tokenizer.as_deref(), model.config())?;
+        let mut codec = setup::codec(&path, self.tokenizer.as_deref(), model.config())?;
+        let brought = files.iter().map(|(.., template)| template).find(|template| template.is_file());
+        if let Some(name) = self.chat_template.clone().or(brought.map(|t| t.display().to_string())) {
+            codec = setup::with_template(codec, Some(&name))?;
+        }
         let mut adapters = AdapterSet::new();
         let mut active = Vec::new();
-        for (name, weight, files) in files {
+        for (name, weight, files, _) in files {
             let device = model.device().clone();
             let attached = folder::load(&mut model, files, self.allow_base, DType::F32, &device)?;
             let base = (attached.base, &attached.config);

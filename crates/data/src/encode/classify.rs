@@ -4,6 +4,7 @@
 
 use tokenizers::{Encoding, PostProcessor, TruncationDirection};
 
+use super::guard::guarded;
 use super::{Example, IGNORE, Outcome, TextCodec, Truncation};
 use crate::error::RowError;
 use crate::row::Label;
@@ -22,20 +23,21 @@ impl TextCodec {
         if let Some(max_length) = self.options.max_length
             && whole > max_length
         {
-            if self.options.truncation == Truncation::Drop {
-                return Err(RowError::TooLong { length: whole, max_length });
-            }
+            let side = match self.options.truncation {
+                Truncation::Right => TruncationDirection::Right,
+                Truncation::Left => TruncationDirection::Left,
+                truncation => return Err(RowError::TooLong { length: whole, max_length, truncation }),
+            };
             // The longer text gives way first; the tokens around the texts stay.
             let room = max_length.saturating_sub(added + bos);
             let (a, b) = shares(first.len(), second.as_ref().map_or(0, Encoding::len), room);
-            first.truncate(a, 0, TruncationDirection::Right);
+            first.truncate(a, 0, side);
             if let Some(second) = second.as_mut() {
-                second.truncate(b, 0, TruncationDirection::Right);
+                second.truncate(b, 0, side);
             }
             truncated = true;
         }
-        let joined =
-            tokenizer.post_process(first, second, true).map_err(|error| RowError::Tokenizer(error.to_string()))?;
+        let joined = guarded(|| tokenizer.post_process(first, second, true)).map_err(RowError::Tokenizer)?;
         let mut ids = joined.get_ids().to_vec();
         if let Some(bos) = self.declared_bos(&ids) {
             ids.insert(0, bos);

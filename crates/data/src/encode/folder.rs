@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
+use super::guard::guarded;
 use super::{SpecialTokens, TextCodec};
 use crate::error::{DataError, Result};
 use crate::template::ChatTemplate;
@@ -35,7 +36,10 @@ fn tokenizer(folder: &Path) -> Result<Tokenizer> {
     let file = folder.join("tokenizer.json");
     if file.is_file() {
         let bytes = std::fs::read(&file).map_err(DataError::io(&file))?;
-        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| fault(&file, error.to_string()))?;
+        // The library does not bear JSON that is broken inside.
+        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
+            .map_err(|error| DataError::file(&file, error.line() as u64, format!("invalid JSON: {error}")))?;
+        let tokenizer = guarded(|| Tokenizer::from_bytes(&bytes)).map_err(|message| fault(&file, message))?;
         check_ids(&bytes, &tokenizer).map_err(|message| fault(&file, message))?;
         return Ok(tokenizer);
     }
@@ -43,7 +47,7 @@ fn tokenizer(folder: &Path) -> Result<Tokenizer> {
     if vocab.is_file() && merges.is_file() {
         let description = describe(folder, &vocab, &merges)?;
         let bytes = serde_json::to_vec(&description).map_err(|error| fault(&vocab, error.to_string()))?;
-        return Tokenizer::from_bytes(&bytes).map_err(|error| fault(&vocab, error.to_string()));
+        return guarded(|| Tokenizer::from_bytes(&bytes)).map_err(|message| fault(&vocab, message));
     }
     let mut found: Vec<String> = std::fs::read_dir(folder)
         .map_err(DataError::io(folder))?

@@ -6,7 +6,9 @@
 
 mod classify;
 mod folder;
+mod guard;
 mod label;
+mod limit;
 mod special;
 mod stream;
 
@@ -16,29 +18,20 @@ use sha2::{Digest, Sha256};
 use tokenizers::{Encoding, Tokenizer};
 
 pub(crate) use folder::read_json;
+use guard::guarded;
 use label::label_spans;
+pub use limit::Truncation;
 pub use special::SpecialTokens;
 pub use stream::StreamDecoder;
 
 use crate::error::{DataError, Result, RowError};
 use crate::row::{Message, Row};
-use crate::template::ChatTemplate;
+use crate::template::{ChatTemplate, SpansFrom};
 
 type Outcome<T> = std::result::Result<T, RowError>;
 
 /// Label of tokens that the loss passes over.
 pub const IGNORE: i32 = -100;
-
-/// What happens to examples longer than `max_length`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Truncation {
-    /// Tokens at the end are cut off.
-    #[default]
-    Right,
-    /// The example is refused.
-    Drop,
-}
 
 /// How rows are encoded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +49,8 @@ pub struct EncodeOptions {
     pub label_names: Option<Vec<String>>,
     /// Render prompt and completion as a user's and an assistant's message of the chat template.
     pub apply_chat_template: bool,
+    /// Accept conversations whose trained turns do not end in a stop token.
+    pub allow_no_stop: bool,
 }
 
 impl Default for EncodeOptions {
@@ -67,6 +62,7 @@ impl Default for EncodeOptions {
             truncation: Truncation::Right,
             label_names: None,
             apply_chat_template: false,
+            allow_no_stop: false,
         }
     }
 }
@@ -82,6 +78,10 @@ pub struct Example {
     pub class: Option<u32>,
     /// Whether tokens were cut off.
     pub truncated: bool,
+    /// Whether the cut went through a trained part, which has lost its end or its beginning.
+    pub answer_cut: bool,
+    /// Whether only the last turn of a conversation is trained, because its template writes earlier ones otherwise then.
+    pub last_turn_only: bool,
 }
 
 impl Example {
@@ -228,7 +228,7 @@ impl TextCodec {
     /// Text of ids; `skip_special` leaves special tokens out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Outcome<String> {
         let tokenizer = self.tokenizer.as_ref().ok_or(RowError::NoTokenizer)?;
-        tokenizer.decode(ids, skip_special).map_err(|error| RowError::Tokenizer(error.to_string()))
+        guarded(|| tokenizer.decode(ids, skip_special)).map_err(RowError::Tokenizer)
     }
 
     /// A decoder of one growing sequence.
@@ -263,7 +263,7 @@ impl TextCodec {
 
     fn tokenize(&self, text: &str, special: bool) -> Outcome<Encoding> {
         let tokenizer = self.tokenizer.as_ref().ok_or(RowError::NoTokenizer)?;
-        tokenizer.encode(text, special).map_err(|error| RowError::Tokenizer(error.to_string()))
+        guarded(|| tokenizer.encode(text, special)).map_err(RowError::Tokenizer)
     }
 
     /// The declared beginning-of-sequence token, where ids lack it.
@@ -277,7 +277,8 @@ impl TextCodec {
             let rendered = template.render(messages, tools, false)?;
             let encoding = self.tokenize(&rendered.text, false)?;
             let labels = label_spans(&encoding, &rendered.spans);
-            return self.finish(encoding.get_ids().to_vec(), labels, None);
+            let example = self.finish(encoding.get_ids().to_vec(), labels, None)?;
+            return Ok(Example { last_turn_only: rendered.spans_from == SpansFrom::LastTurn, ..example });
         }
         let ids = self.encode_text(&template.render_text(messages, tools, false)?, false)?;
         let labels = ids.iter().map(|id| *id as i32).collect();
@@ -336,28 +337,5 @@ impl TextCodec {
             }
         }
         self.finish(kept, kept_labels, None)
-    }
-
-    /// Applies the length limit and refuses what teaches nothing.
-    fn finish(&self, mut input_ids: Vec<u32>, mut labels: Vec<i32>, class: Option<u32>) -> Outcome<Example> {
-        let length = input_ids.len();
-        if let Some((at, id)) = input_ids.iter().enumerate().find(|(_, id)| **id as usize >= self.vocab_size) {
-            return Err(RowError::TokenId { key: "input_ids", at, id: i64::from(*id), vocab: self.vocab_size });
-        }
-        let limit = self.options.max_length.filter(|max| length > *max);
-        if let Some(max_length) = limit {
-            if self.options.truncation == Truncation::Drop {
-                return Err(RowError::TooLong { length, max_length });
-            }
-            input_ids.truncate(max_length);
-            labels.truncate(max_length);
-        }
-        let example = Example { input_ids, labels, class, truncated: limit.is_some() };
-        let useful = if class.is_some() { !example.input_ids.is_empty() } else { example.trained_tokens() > 0 };
-        match (useful, limit) {
-            (true, _) => Ok(example),
-            (false, Some(max_length)) => Err(RowError::NoTrainedTokenLeft { length, max_length }),
-            (false, None) => Err(RowError::NoTrainedToken),
-        }
     }
 }

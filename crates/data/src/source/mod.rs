@@ -6,6 +6,7 @@ mod csv;
 mod json;
 mod jsonl;
 mod line;
+mod pages;
 mod parquet;
 mod text;
 

@@ -1,14 +1,14 @@
 //! Apache Parquet by its record interface: one row group's pages at a time, columns of text, numbers, lists and groups.
 //!
 //! Columns of bytes that are not text (images) are read as null. A damaged file must not end the process: the reader's
-//! own assertions are caught and reported as errors.
+//! own assertions are caught and reported as errors, and its pages are looked at before it makes room for them.
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use parquet::file::reader::SerializedFileReader;
+use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
@@ -17,14 +17,15 @@ use crate::error::{DataError, Location, Result};
 
 pub(super) fn open(path: Arc<Path>) -> Result<impl Iterator<Item = Result<(Location, Value)>>> {
     let file = File::open(&path).map_err(DataError::io(&path))?;
-    let opened = catch_unwind(AssertUnwindSafe(|| {
-        SerializedFileReader::new(file).map(|r| RowIter::from_file_into(Box::new(r)))
-    }));
-    let mut rows = match opened {
-        Ok(Ok(rows)) => rows,
+    let damaged = || DataError::file(&path, 1, "the Parquet footer is damaged");
+    let reader = match catch_unwind(AssertUnwindSafe(|| SerializedFileReader::new(file))) {
+        Ok(Ok(reader)) => reader,
         Ok(Err(error)) => return Err(DataError::file(&path, 1, format!("not a whole Parquet file: {error}"))),
-        Err(_) => return Err(DataError::file(&path, 1, "the Parquet footer is damaged")),
+        Err(_) => return Err(damaged()),
     };
+    super::pages::check(&path, reader.metadata())?;
+    let rows = catch_unwind(AssertUnwindSafe(|| RowIter::from_file_into(Box::new(reader))));
+    let mut rows = rows.map_err(|_| damaged())?;
     let (mut line, mut ended) = (0, false);
     Ok(std::iter::from_fn(move || {
         if ended {

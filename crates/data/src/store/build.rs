@@ -7,9 +7,10 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use super::answers::Answers;
 use super::write::Writer;
 use super::{MARK, TokenStore};
-use crate::encode::{Example, IGNORE, TextCodec};
+use crate::encode::{Example, TextCodec};
 use crate::error::{DataError, Location, Result, RowError};
 use crate::row::Row;
 use crate::source::Source;
@@ -21,7 +22,7 @@ const CHUNK_ROWS: usize = 1024;
 const CHUNK_BYTES: usize = 8 << 20;
 
 /// Raised whenever rows become other tokens or labels than before, so that stores of earlier releases are not used again.
-const ENCODING: u32 = 2;
+const ENCODING: u32 = 3;
 
 /// The key of what `source` becomes with `codec`: 64 hexadecimal digits.
 pub fn cache_key(source: &Source, codec: &TextCodec) -> Result<String> {
@@ -102,7 +103,9 @@ impl TokenStore {
             let note = "no end-of-sequence token is known, so none was appended to the texts";
             writer.report.notes.push(note.into());
         }
-        writer.report.notes.extend(answers.note(codec));
+        writer.report.cut_answers = answers.cut;
+        writer.report.last_turn_only = answers.last_turn_only;
+        writer.report.notes.extend(answers.notes(codec));
         if writer.report.used == 0 {
             let names: Vec<String> = source.files().map(|file| file.display().to_string()).collect();
             let mut refused: Vec<String> =
@@ -118,45 +121,6 @@ impl TokenStore {
     }
 }
 
-/// Examples with an answer, and those of which one does not end in a token that ends generation.
-#[derive(Default)]
-struct Answers {
-    all: u64,
-    endless: u64,
-    cut: u64,
-}
-
-impl Answers {
-    fn count(&mut self, example: &Example, stops: &[u32]) {
-        let trained = |at: usize| example.labels.get(at).is_some_and(|label| *label != IGNORE);
-        let ends = (0..example.labels.len()).filter(|at| trained(*at) && !trained(at + 1));
-        let endless = ends.filter_map(|at| example.input_ids.get(at)).any(|id| !stops.contains(id));
-        self.all += 1;
-        self.endless += u64::from(endless && !example.truncated);
-        self.cut += u64::from(endless && example.truncated);
-    }
-
-    /// What the user should know of them.
-    fn note(&self, codec: &TextCodec) -> Option<String> {
-        if self.endless + self.cut == 0 {
-            return None;
-        }
-        let names = codec
-            .stop_ids()
-            .iter()
-            .map(|id| codec.decode(&[*id], false).unwrap_or_else(|_| id.to_string()))
-            .collect::<Vec<_>>();
-        let cut = if self.cut > 0 { format!(" ({} of them cut off at max_length)", self.cut) } else { String::new() };
-        Some(format!(
-            "{} of {} answers do not end in a stop token{cut}, so the model does not learn to stop there; stop tokens are {}. A \
-             template's generation block must include the end-of-turn mark, and the model folder name it as a stop token",
-            self.endless + self.cut,
-            self.all,
-            if names.is_empty() { "none".to_owned() } else { names.join(" ") }
-        ))
-    }
-}
-
 fn write_chunk(
     writer: &mut Writer,
     codec: &TextCodec,
@@ -164,13 +128,12 @@ fn write_chunk(
     skip: bool,
     answers: &mut Answers,
 ) -> Result<()> {
-    let stops = codec.stop_ids();
     for ((location, row), outcome) in chunk.iter().zip(encode_all(codec, chunk)) {
         writer.report.rows += 1;
         match outcome {
             Ok(example) => {
-                if matches!(row, Ok(Row::Messages { .. } | Row::PromptCompletion { .. })) {
-                    answers.count(&example, &stops);
+                if let Ok(row) = row {
+                    answers.count(codec, location, row, &example)?;
                 }
                 writer.add(location, &example)?;
             }

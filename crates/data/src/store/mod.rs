@@ -5,6 +5,7 @@
 //! SHA-256 over its ids, its labels and the record so far); then the footer as JSON, its
 //! length u64, SHA-256 of all before, and the mark. All numbers are little-endian. Memory does not grow with the data.
 
+mod answers;
 mod build;
 mod write;
 
@@ -39,6 +40,12 @@ pub struct Report {
     pub refused: BTreeMap<String, u64>,
     /// Examples of which tokens were cut off.
     pub truncated: u64,
+    /// Answers that the cut went through: they are trained without their end, or without their beginning.
+    #[serde(default)]
+    pub cut_answers: u64,
+    /// Conversations of which only the last turn is trained, because the template writes earlier turns otherwise later on.
+    #[serde(default)]
+    pub last_turn_only: u64,
     /// Tokens of all examples.
     pub tokens: u64,
     /// Tokens that the loss counts.
@@ -116,7 +123,7 @@ impl<'a> ExampleRef<'a> {
             input_ids: self.ids().collect(),
             labels: self.labels().collect(),
             class: self.class,
-            truncated: false,
+            ..Example::default()
         }
     }
 }

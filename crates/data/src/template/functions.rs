@@ -3,7 +3,12 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Error, ErrorKind, Value};
+use minijinja::{Error, ErrorKind, State, Value};
+
+use super::meter;
+
+/// Widest indent of `tojson`.
+const WIDEST_INDENT: usize = 16;
 
 /// A template's refusal, with its own words.
 pub(super) fn raise_exception(message: String) -> Result<Value, Error> {
@@ -108,7 +113,7 @@ pub(super) fn strftime(seconds: i64, format: &str) -> String {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=..., separators=..., sort_keys=...)`, which is the `tojson` of `transformers`.
-pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
+pub(super) fn tojson(state: &State<'_, '_>, value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let sort: Option<bool> = options.get("sort_keys")?;
     let ascii: Option<bool> = options.get("ensure_ascii")?;
@@ -119,6 +124,14 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
         (item, key) = (i.clone(), k.clone());
     }
     let style = Style { indent, sort: sort == Some(true), ascii: ascii == Some(true), item, key };
+    let indented = indent.unwrap_or(0);
+    if indented > WIDEST_INDENT {
+        let message = format!("tojson with an indent of {indented}, more than {WIDEST_INDENT}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    for _ in 0..=indented + separators.iter().flatten().map(String::len).sum::<usize>() {
+        meter::spend_text(state, value)?;
+    }
     let json =
         serde_json::to_value(value).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     if value.kind() == ValueKind::Undefined {

@@ -3,27 +3,37 @@
 //! The templates are the Jinja texts of model folders, run as `transformers` runs them: blocks trimmed, Python's methods of
 //! strings, lists and dictionaries, `raise_exception`, `strftime_now`, `tojson` in Python's spelling, `break` and
 //! `continue`, and `{% generation %}` blocks. A template without such blocks has its spans derived in [`spans`].
-//! Instructions are counted, so that an endless template fails instead of hanging.
+//! Instructions are counted, so that an endless template fails instead of hanging, and so is what it builds ([`meter`]).
 
 mod functions;
+mod meter;
+mod operators;
+mod program;
 mod repr;
+mod shipped;
+mod source;
 mod spans;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use minijinja::{AutoEscape, Environment, Value as Jinja};
-use regex::Regex;
+use minijinja::machinery::get_compiled_template;
+use minijinja::{AutoEscape, Environment, State, Value as Jinja};
 use serde_json::{Map, Value};
+pub use shipped::{SHIPPED, shipped};
+
+use program::Program;
 
 use crate::error::{DataError, Result, RowError};
 use crate::row::Message;
 
-/// Instructions that one rendering may take: hundreds of times those of a long conversation, about a second.
-const FUEL: u64 = 10_000_000;
-const OPEN: &str = "espalier_generation_open";
-const CLOSE: &str = "espalier_generation_close";
+/// Instructions that one rendering may take: hundreds of times those of a long conversation, a second or two.
+const FUEL: u64 = 20_000_000;
+
+/// The file of a model folder's template.
+pub const TEMPLATE_FILE: &str = "chat_template.jinja";
 
 /// How the trained spans were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +42,8 @@ pub enum SpansFrom {
     Generation,
     /// From the lengths of renderings of the conversation's beginnings.
     Prefix,
+    /// As [`SpansFrom::Prefix`], for the last trained turn alone: the template writes earlier ones otherwise once others follow.
+    LastTurn,
 }
 
 /// A rendered conversation.
@@ -51,6 +63,8 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
     tool_use: Option<String>,
+    /// Where it is from, for messages.
+    origin: Option<String>,
     marked: bool,
     specials: BTreeMap<String, String>,
     clock: i64,
@@ -69,7 +83,7 @@ impl ChatTemplate {
         environment.set_keep_trailing_newline(false);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        meter::install(&mut environment);
         environment.add_function("raise_exception", functions::raise_exception);
         environment.add_filter("tojson", functions::tojson);
         environment.add_filter("string", repr::string);
@@ -77,17 +91,20 @@ impl ChatTemplate {
         let mut marked = false;
         for (name, text) in [("default", Some(source)), ("tool_use", tool_use)] {
             let Some(text) = text else { continue };
-            // As Jinja does: whatever ends the template's lines, the text has line feeds.
-            let (text, has_marks) = mark_generation(&text.replace("\r\n", "\n").replace('\r', "\n"))?;
+            let (text, has_marks) = source::prepare(text)?;
             marked |= has_marks;
             environment
                 .add_template_owned(name, text)
                 .map_err(|error| DataError::Template(format!("{name}: {}", functions::explain(&error))))?;
+            let compiled =
+                environment.get_template(name).and_then(|t| Program::new(get_compiled_template(&t)).map(|_| ()));
+            compiled.map_err(|error| DataError::Template(format!("{name}: {}", functions::explain(&error))))?;
         }
         let mut template = Self {
             environment,
             source: source.to_string(),
             tool_use: tool_use.map(str::to_string),
+            origin: None,
             marked,
             specials,
             clock: 0,
@@ -99,10 +116,11 @@ impl ChatTemplate {
     /// The template of a model folder: `chat_template.jinja`, else `chat_template.json`, else the `chat_template` of
     /// `tokenizer_config.json` (one text, or a list of names and texts of which `default` and `tool_use` are used).
     pub fn from_folder(folder: &Path, specials: BTreeMap<String, String>) -> Result<Option<Self>> {
-        let file = folder.join("chat_template.jinja");
+        let file = folder.join(TEMPLATE_FILE);
         if file.is_file() {
-            let text = std::fs::read_to_string(&file).map_err(DataError::io(&file))?;
-            return Self::new(&text, specials).map(Some);
+            return Self::new(&shipped::read(&file)?, specials)
+                .map(|template| Some(template.read_from(&file)))
+                .map_err(|error| error.in_file(&file));
         }
         for name in ["chat_template.json", "tokenizer_config.json"] {
             let file = folder.join(name);
@@ -112,7 +130,11 @@ impl ChatTemplate {
             let config = crate::encode::read_json(&file)?;
             match config.get("chat_template") {
                 None | Some(Value::Null) => {}
-                Some(Value::String(text)) => return Self::new(text, specials).map(Some),
+                Some(Value::String(text)) => {
+                    return Self::new(text, specials)
+                        .map(|template| Some(template.read_from(&file)))
+                        .map_err(|error| error.in_file(&file));
+                }
                 Some(Value::Array(list)) => {
                     let named = |name: &str| {
                         list.iter()
@@ -126,7 +148,9 @@ impl ChatTemplate {
                             file.display()
                         ))
                     })?;
-                    return Self::with_tool_use(default, named("tool_use"), specials).map(Some);
+                    return Self::with_tool_use(default, named("tool_use"), specials)
+                        .map(|template| Some(template.read_from(&file)))
+                        .map_err(|error| error.in_file(&file));
                 }
                 Some(_) => {
                     return Err(DataError::Template(format!(
@@ -137,6 +161,11 @@ impl ChatTemplate {
             }
         }
         Ok(None)
+    }
+
+    fn read_from(mut self, file: &Path) -> Self {
+        self.origin = Some(file.display().to_string());
+        self
     }
 
     /// The template's text.
@@ -152,7 +181,11 @@ impl ChatTemplate {
     /// Sets the time that `strftime_now` shows, in seconds since 1970 (UTC), so that a run can be repeated on another day.
     pub fn set_clock(&mut self, seconds: i64) {
         self.clock = seconds;
-        self.environment.add_function("strftime_now", move |format: String| functions::strftime(seconds, &format));
+        self.environment.add_function("strftime_now", move |state: &State<'_, '_>, format: String| {
+            // The longest name of a day or month stands for two characters.
+            meter::spend(state, format.len().saturating_mul(5))?;
+            Ok(functions::strftime(seconds, &format))
+        });
     }
 
     /// Everything that the output depends on, as bytes for a cache key.
@@ -172,7 +205,7 @@ impl ChatTemplate {
     ) -> std::result::Result<String, RowError> {
         let used = self.chosen(tools);
         self.refuse_losses(used.1, messages, tools)?;
-        Ok(self.run(used.0, messages, tools, add_generation_prompt)?.0)
+        Ok(self.run(&self.program(used.0)?, messages, tools, add_generation_prompt)?.0)
     }
 
     /// The conversation as text with the spans of what is trained.
@@ -184,14 +217,16 @@ impl ChatTemplate {
     ) -> std::result::Result<Rendered, RowError> {
         let (name, source) = self.chosen(tools);
         self.refuse_losses(source, messages, tools)?;
-        let (text, marks) = self.run(name, messages, tools, add_generation_prompt)?;
+        let program = self.program(name)?;
+        let (text, marks) = self.run(&program, messages, tools, add_generation_prompt)?;
         let (spans, spans_from) = if self.marked {
             (spans::from_marks(messages, marks)?, SpansFrom::Generation)
         } else {
             let prefix = |count: usize, open: bool| {
-                self.run(name, messages.get(..count).unwrap_or(messages), tools, open).map(|(text, _)| text)
+                self.run(&program, messages.get(..count).unwrap_or(messages), tools, open).map(|(text, _)| text)
             };
-            (spans::from_prefixes(messages, &text, prefix)?, SpansFrom::Prefix)
+            let (spans, all) = spans::from_prefixes(messages, &text, prefix)?;
+            (spans, if all { SpansFrom::Prefix } else { SpansFrom::LastTurn })
         };
         Ok(Rendered { text, spans, spans_from })
     }
@@ -224,10 +259,20 @@ impl ChatTemplate {
         Ok(())
     }
 
+    /// The counting form of a template.
+    fn program(&self, name: &str) -> std::result::Result<Program<'_>, RowError> {
+        let template = self.environment.get_template(name).map_err(|error| self.failed(functions::explain(&error)))?;
+        Program::new(get_compiled_template(&template)).map_err(|error| self.failed(functions::explain(&error)))
+    }
+
+    fn failed(&self, what: String) -> RowError {
+        RowError::Template(self.origin.as_ref().map_or(what.clone(), |origin| format!("{origin}: {what}")))
+    }
+
     /// One rendering: text and the byte ranges between generation marks.
     fn run(
         &self,
-        name: &str,
+        program: &Program<'_>,
         messages: &[Message],
         tools: Option<&Value>,
         add_generation_prompt: bool,
@@ -241,30 +286,33 @@ impl ChatTemplate {
         context.insert("tools".into(), tools.cloned().unwrap_or(Value::Null));
         context.insert("documents".into(), Value::Null);
         context.insert("add_generation_prompt".into(), Value::Bool(add_generation_prompt));
-        context.insert(OPEN.into(), Value::String(open.to_string()));
-        context.insert(CLOSE.into(), Value::String(close.to_string()));
-        let failed = |error: minijinja::Error| RowError::Template(functions::explain(&error));
-        let template = self.environment.get_template(name).map_err(failed)?;
-        let text = template.render(Jinja::from_serialize(&context)).map_err(failed)?;
+        context.insert(source::OPEN.into(), Value::String(open.to_string()));
+        context.insert(source::CLOSE.into(), Value::String(close.to_string()));
+        context.insert(source::ONE.into(), Value::from(1));
+        let size = views_size(&context);
+        let variables = Jinja::from_serialize(&context);
+        let variables =
+            minijinja::context! { ..minijinja::context!(espalier_meter => meter::Meter::of(size)), ..variables };
+        // The engine's own assertions must not end the process.
+        let rendered = catch_unwind(AssertUnwindSafe(|| program.render(&self.environment, variables)));
+        let text = match rendered {
+            Ok(Ok(text)) => text,
+            Ok(Err(error)) => return Err(self.failed(functions::explain(&error))),
+            Err(_) => return Err(self.failed("the template engine failed".into())),
+        };
         if self.marked { spans::strip(&text, open, close) } else { Ok((text, Vec::new())) }
     }
 }
 
-/// Replaces generation tags by the output of a mark. The tag's own white space control is kept: its left half stands on an
-/// opening `if`, its right half on the closing one.
-fn mark_generation(source: &str) -> Result<(String, bool)> {
-    let tag = Regex::new(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
-        .map_err(|error| DataError::Template(error.to_string()))?;
-    let mut balance = 0i64;
-    let text = tag.replace_all(source, |found: &regex::Captures<'_>| {
-        let part = |i: usize| found.get(i).map_or("", |m| m.as_str());
-        let name = if part(2) == "generation" { OPEN } else { CLOSE };
-        balance += if part(2) == "generation" { 1 } else { -1 };
-        format!("{{%{} if true %}}{{{{ {name} }}}}{{% endif {}%}}", part(1), part(3))
-    });
-    if balance != 0 {
-        return Err(DataError::Template("{% generation %} and {% endgeneration %} do not pair up".into()));
+/// About how many bytes a conversation has.
+fn views_size(context: &Map<String, Value>) -> usize {
+    fn of(value: &Value) -> usize {
+        match value {
+            Value::String(text) => text.len(),
+            Value::Array(list) => list.iter().map(|item| 8 + of(item)).sum(),
+            Value::Object(map) => map.iter().map(|(key, item)| 8 + key.len() + of(item)).sum(),
+            _ => 8,
+        }
     }
-    let marked = matches!(text, std::borrow::Cow::Owned(_));
-    Ok((text.into_owned(), marked))
+    context.values().map(of).sum()
 }

@@ -3,8 +3,11 @@
 use minijinja::value::ValueKind;
 use minijinja::{Error, Output, State, Value, escape_formatter};
 
+use super::meter;
+
 /// Writes an expression's value: containers in Python's spelling, all else as the engine does.
 pub(super) fn format(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), Error> {
+    meter::spend_text(state, value)?;
     match container(value) {
         Some(text) => out.write_str(&text).map_err(Error::from),
         None => escape_formatter(out, state, value),
@@ -12,8 +15,9 @@ pub(super) fn format(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value)
 }
 
 /// The filter `string`.
-pub(super) fn string(value: &Value) -> String {
-    container(value).unwrap_or_else(|| value.to_string())
+pub(super) fn string(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
+    meter::spend_text(state, value)?;
+    Ok(container(value).unwrap_or_else(|| value.to_string()))
 }
 
 fn container(value: &Value) -> Option<String> {

@@ -2,7 +2,8 @@
 //!
 //! With generation marks: what lies between them. Without: assistant message i begins where the rendering of the messages
 //! before it with an opened turn ends, and ends where the rendering up to it ends; both must be beginnings of the whole.
-//! The end-of-turn mark is trained with the message; white space after that mark is not.
+//! The end-of-turn mark is trained with the message; white space after that mark is not. Where earlier turns are written otherwise
+//! once others follow, the last one is still a continuation of what comes before it, and is trained alone.
 
 use std::ops::Range;
 
@@ -74,32 +75,47 @@ pub(super) fn from_marks(messages: &[Message], marks: Vec<Range<usize>>) -> Outc
     Ok(turns.iter().zip(marks).filter(|(m, _)| m.is_trained()).map(|(_, span)| span).collect())
 }
 
-/// Spans from renderings of the first messages: `prefix(count, open)` renders `count` of them, with a turn opened or not.
+/// Spans from renderings of the first messages, and whether they are of all trained turns: `prefix(count, open)` renders
+/// `count` messages, with a turn opened or not. A template that writes a past turn otherwise than it was said (reasoning taken
+/// out, a system text moved) leaves only the last trained turn as the model will say it; then that one alone is trained.
 pub(super) fn from_prefixes(
     messages: &[Message],
     whole: &str,
     prefix: impl Fn(usize, bool) -> Outcome<String>,
-) -> Outcome<Vec<Range<usize>>> {
-    let mut spans: Vec<Range<usize>> = Vec::new();
-    for (turn, message) in messages.iter().enumerate().filter(|(_, m)| m.is_trained()) {
-        let opened = prefix(turn, true)?;
-        let start = beginning(&opened, whole)
-            .map_err(|detail| RowError::Spans { turn, detail: format!("with the turn opened: {detail}") })?;
-        let end = beginning(&prefix(turn + 1, false)?, whole)
-            .map_err(|detail| RowError::Spans { turn, detail: format!("with the message: {detail}") })?;
-        if end < start {
-            return Err(RowError::Spans { turn, detail: "the opened turn is longer than the message".into() });
-        }
-        let said = whole.get(start..end).unwrap_or_default();
-        spans.push(start..start + without_tail(said, message.content.trim()));
+) -> Outcome<(Vec<Range<usize>>, bool)> {
+    let turns: Vec<(usize, &Message)> = messages.iter().enumerate().filter(|(_, m)| m.is_trained()).collect();
+    let span = |(turn, message): &(usize, &Message)| said(*turn, message, whole, &prefix);
+    match (turns.iter().map(span).collect::<Outcome<Vec<_>>>(), turns.split_last()) {
+        (Err(error @ RowError::Spans { .. }), Some((last, [_, ..]))) => match span(last) {
+            Ok(span) => Ok((vec![span], false)),
+            Err(_) => Err(error),
+        },
+        (spans, _) => spans.map(|spans| (spans, true)),
     }
-    Ok(spans)
+}
+
+/// What is trained of message number `turn`.
+fn said(
+    turn: usize,
+    message: &Message,
+    whole: &str,
+    prefix: &impl Fn(usize, bool) -> Outcome<String>,
+) -> Outcome<Range<usize>> {
+    let start = beginning(&prefix(turn, true)?, whole)
+        .map_err(|detail| RowError::Spans { turn, detail: format!("with the turn opened: {detail}") })?;
+    let end = beginning(&prefix(turn + 1, false)?, whole)
+        .map_err(|detail| RowError::Spans { turn, detail: format!("with the message: {detail}") })?;
+    if end < start {
+        return Err(RowError::Spans { turn, detail: "the opened turn is longer than the message".into() });
+    }
+    let said = whole.get(start..end).unwrap_or_default();
+    Ok(start..start + without_tail(said, message.content.trim()))
 }
 
 /// Length of a trained text without the white space behind its end-of-turn mark. Where white space itself is all that ends
 /// the turn, it stays.
 fn without_tail(said: &str, content: &str) -> usize {
-    let after = said.rfind(content).map_or(0, |at| at + content.len());
+    let after = if content.is_empty() { 0 } else { said.find(content).map_or(0, |at| at + content.len()) };
     let tail = said.get(after..).unwrap_or_default();
     if tail.trim().is_empty() { said.len() } else { said.trim_end().len() }
 }

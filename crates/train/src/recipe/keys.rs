@@ -61,6 +61,11 @@ keys! {
     architecture: Option<String> = None;
     /// Folder of the tokenizer, where the model's own folder has none.
     tokenizer: Option<String> = None;
+    /// Chat template in place of the model folder's: a Jinja file, or the name of a shipped one (alpaca, chatml, command_r,
+    /// deepseek, gemma, granite, llama2, llama3, mistral, phi3, phi4, qwen, vicuna, zephyr).
+    chat_template: Option<String> = None;
+    /// Train on conversations although their turns do not end in one of the model's stop tokens.
+    allow_no_stop: bool = false;
     /// Revision of a hub model.
     revision: Option<String> = None;
     /// Device: auto, cpu, or cuda:N.
@@ -92,7 +97,8 @@ keys! {
     shuffle: bool = true;
     /// Train on completions and assistant turns only.
     completion_only: bool = true;
-    /// What to do with rows longer than max_length: right (cut the end), drop.
+    /// What to do with rows longer than max_length: right (cut the end off), left (cut the beginning off), drop (leave the row
+    /// out and count it), error (stop).
     truncation: String = "right".into();
     /// Leave out rows that cannot be used, and count them, instead of stopping at the first.
     skip_bad_rows: bool = false;

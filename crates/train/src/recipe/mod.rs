@@ -107,7 +107,7 @@ impl Recipe {
         choice("quantization", &self.quantization, crate::setup::QUANTIZATIONS)?;
         choice("schedule", &self.schedule, &["constant", "linear", "cosine", "wsd"])?;
         crate::optimizer::rule(self)?;
-        choice("truncation", &self.truncation, &["right", "drop"])?;
+        choice("truncation", &self.truncation, &["right", "left", "drop", "error"])?;
         choice("text_unit", &self.text_unit, &["line", "paragraph", "file"])?;
         for (key, value) in [("batch_size", self.batch_size), ("accumulation", self.accumulation)] {
             if value == 0 {

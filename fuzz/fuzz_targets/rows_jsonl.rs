@@ -1,0 +1,2 @@
+#![no_main]
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| espalier_trials::fuzz::run("rows_jsonl", bytes));
