@@ -26,9 +26,10 @@ fn files_are_judged_by_names_and_targets() {
         let mut tensors = MappedFile::open(&path.join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
         let key = tensors.keys().find(|key| key.contains("layers.0")).unwrap().clone();
         let tensor = tensors[&key].clone();
-        let (module, part) = key.split_once("q_proj").or_else(|| key.split_once("down_proj")).unwrap();
+        let (module, part) = key.split_once("_proj").unwrap();
+        let (parent, _) = module.rsplit_once('.').unwrap();
         // At a module that is no target, and under a name that the method does not have.
-        tensors.insert(format!("{module}other_proj{part}"), tensor.clone());
+        tensors.insert(format!("{parent}.other_proj{part}"), tensor.clone());
         tensors.insert(format!("{key}_more"), tensor);
         let entries = tensors.iter().map(|(name, t)| Entry::of(name.clone(), t)).collect();
         write(&temp.path().join(WEIGHTS_FILE), entries, &BTreeMap::new()).unwrap();
