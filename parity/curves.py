@@ -1,7 +1,7 @@
-"""Twenty AdamW steps from a PEFT-initialised adapter: the losses that a trainer must reproduce.
+"""Fifty AdamW steps from a PEFT-initialised adapter: the losses that a trainer must reproduce.
 
 golden/curves/<case>/: init/ and final/ (PEFT adapter folders), data.jsonl (rows {"input_ids", "labels"}, -100 masked),
-losses.json (settings, loss before each of 20 steps; learning rates, gradient norms and labelled tokens of each step),
+losses.json (settings, loss before each of 50 steps; learning rates, gradient norms and labelled tokens of each step),
 expected.safetensors (ids [2, 12] of the base family, logits of the final adapter).
 
 Rows are taken in file order, cycling; a micro batch is 2 rows, right-padded with id 0, label -100, mask 0. The loss
@@ -20,7 +20,7 @@ import adapters
 import families
 from common import GOLDEN, fresh, generator, save_tensors, seed_global, token_ids
 
-STEPS, MICRO, ROWS, LENGTH = 20, 2, 12, 16
+STEPS, MICRO, ROWS, LENGTH = 50, 2, 12, 16
 ADAMW = dict(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 LLAMA = dict(r=2, lora_alpha=4, target_modules=adapters.ATTENTION_MLP, **adapters.LM)
 GPT2 = dict(r=2, lora_alpha=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, **adapters.LM)
@@ -108,10 +108,9 @@ def train(model, rows, accumulate=1, max_grad_norm=0.0, warmup_steps=0, schedule
 
 def make():
     """Write golden/curves."""
-    fresh(GOLDEN / "curves")
     for case, (base, args, settings) in CASES.items():
         settings = dict(settings)
-        folder = GOLDEN / "curves" / case
+        folder = fresh(GOLDEN / "curves" / case)
         rows = rows_for(case, settings.pop("unequal", False))
         seed_global(f"curves/{case}")
         with warnings.catch_warnings():

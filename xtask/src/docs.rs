@@ -4,8 +4,9 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use espalier_models::config::SUPPORTED;
-use espalier_train::recipe::{KEYS, adapter_keys};
-use espalier_trials::{Form, Record, TRIALS, Trial};
+use espalier_train::recipe::{KEYS, adapter_keys, dynamics_keys};
+use espalier_trials::record::Table;
+use espalier_trials::{Bar, Form, Record, TRIALS, Trial};
 
 const NOTE: &str = "<!-- Made by `cargo xtask docs`; a test compares it with the code. -->\n\n";
 
@@ -29,7 +30,8 @@ fn recipes() -> String {
     let mut out = format!(
         "# Recipe keys\n\n{NOTE}A recipe is a TOML file. Every key is also a flag of `espalier train`, `check` and \
          `pretrain`: `max_steps` is\n`--max-steps`, `shuffle` is `--shuffle` and `--no-shuffle`, and a key of the \
-         `[adapter]` table is its own name.\n\n| key | default | what it does |\n|---|---|---|\n"
+         `[adapter]` table is its own name; `method` of the \
+         `[dynamics]` table is `--dynamics`, and another key of it `--dynamics-KEY`.\n\n| key | default | what it does |\n|---|---|---|\n"
     );
     for key in KEYS {
         let default = key.default.trim().trim_end_matches(".into()");
@@ -44,16 +46,21 @@ fn recipes() -> String {
     for key in adapter_keys() {
         let _ = writeln!(out, "| `{}` | {} |", key.name, cell(&key.doc));
     }
+    out.push_str("\n## The `[dynamics]` table\n\n| key | what it does |\n|---|---|\n");
+    for key in dynamics_keys() {
+        let _ = writeln!(out, "| `{}` | {} |", key.name, cell(&key.doc));
+    }
     let _ = writeln!(out, "\n## Model families\n\n`model_type` of a `config.json`: {}.", SUPPORTED.join(", "));
     out
 }
 
 /// Folders whose files have a head comment with the card's lines, and their titles.
-const SHELVES: [(&str, &str); 4] = [
+const SHELVES: [(&str, &str); 5] = [
     ("crates/adapters/src/parametrisation", "Parametrisations"),
     ("crates/adapters/src/initialisation", "Initialisations"),
     ("crates/train/src/objective", "Objectives"),
     ("crates/train/src/dynamics", "Dynamics"),
+    ("crates/train/src/optimizer", "Optimisers"),
 ];
 
 /// The files of a shelf, `mod.rs` aside, in order of their names.
@@ -111,6 +118,11 @@ fn figure(value: f64) -> String {
     if value.fract() == 0.0 { format!("{value}") } else { format!("{value:.1e}") }
 }
 
+/// A figure that may be a share, with four digits where it is near 1.
+fn precise(value: f64) -> String {
+    if (0.01..10_000.0).contains(&value.abs()) { format!("{value:.4}") } else { figure(value) }
+}
+
 /// What the trials found, from their kept records: it does not depend on the machine that makes the page.
 fn reliability(root: &Path) -> String {
     let mut out = format!(
@@ -142,12 +154,35 @@ fn reliability(root: &Path) -> String {
             record.command
         );
         let _ = write!(details, "{}", heading(trial));
+        let _ = write!(details, "{}", table(&record.table));
         if !record.counts.is_empty() {
             let counts: Vec<String> = record.counts.iter().map(|(name, n)| format!("{n} {name}")).collect();
             let _ = write!(details, "\nTried: {}.\n", counts.join("; "));
         }
+        if !record.figures.is_empty() {
+            details.push_str("\n| figure | value | bar | met |\n|---|---:|---:|---|\n");
+            for further in &record.figures {
+                let value = further.value.map_or_else(|| "no number".into(), precise);
+                let bar = match further.bar {
+                    None => String::from("stated"),
+                    Some(Bar::AtMost(bar)) => format!("at most {}", precise(bar)),
+                    Some(Bar::AtLeast(bar)) => format!("at least {}", precise(bar)),
+                };
+                let met = match (further.bar, further.holds()) {
+                    (None, _) => "",
+                    (Some(_), true) => "yes",
+                    (Some(_), false) => "**no**",
+                };
+                let _ = writeln!(details, "| {} | {value} | {bar} | {met} |", cell(&further.name));
+            }
+        }
         if let Some(worst) = &record.worst {
             let _ = write!(details, "\nThe worst is {worst}.\n");
+        }
+        for figure in &record.figures {
+            if let Some(worst) = &figure.worst {
+                let _ = write!(details, "\nThe worst of {} is {worst}.\n", figure.name);
+            }
         }
         for failure in record.failures.iter().chain(&record.error) {
             let _ = write!(details, "\n- did not hold: {failure}\n");
@@ -155,6 +190,29 @@ fn reliability(root: &Path) -> String {
         let _ = write!(details, "\nTook {} s on {}.\n", record.seconds, record.machine);
     }
     out + &details
+}
+
+/// The worst values by subject as a table.
+fn table(table: &Table) -> String {
+    let columns: std::collections::BTreeSet<&String> = table.values().flat_map(|row| row.keys()).collect();
+    if columns.is_empty() {
+        return String::new();
+    }
+    let mut out = String::from("\n| |");
+    for name in &columns {
+        let _ = write!(out, " {} |", cell(name));
+    }
+    let _ = writeln!(out, "\n|---|{}", "---|".repeat(columns.len()));
+    for (subject, row) in table {
+        let value = |name: &String| match row.get(name) {
+            Some(Some(value)) => figure(*value),
+            Some(None) => "no number".to_owned(),
+            None => String::new(),
+        };
+        let cells: Vec<String> = columns.iter().map(|name| value(name)).collect();
+        let _ = writeln!(out, "| {} | {} |", cell(subject), cells.join(" | "));
+    }
+    out
 }
 
 fn heading(trial: &Trial) -> String {

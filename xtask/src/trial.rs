@@ -68,6 +68,18 @@ fn show(root: &Path, record: &Record, json: bool, keep: bool) -> std::io::Result
             "{} {mark}: {} {figure}, bar {:.0e}, {} trials (at least {}), {} s",
             record.id, record.unit, record.bar, record.trials, record.least, record.seconds
         );
+        for further in &record.figures {
+            let value = further.value.map_or_else(|| "no number".to_owned(), |v| format!("{v:.4e}"));
+            let mark = if further.holds() { "" } else { "FAILED: " };
+            println!("    {mark}{}: {value}, bar {:?}", further.name, further.bar);
+        }
+        for (subject, row) in &record.table {
+            let cell = |(name, value): (&String, &Option<f64>)| match value {
+                Some(value) => format!("{name} {value:.1e}"),
+                None => format!("{name} no number"),
+            };
+            println!("    {subject}: {}", row.iter().map(cell).collect::<Vec<_>>().join(", "));
+        }
         record.counts.iter().for_each(|(name, n)| println!("    {n} {name}"));
         record.failures.iter().chain(&record.error).for_each(|failure| println!("    FAILED: {failure}"));
     }

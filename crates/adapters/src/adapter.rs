@@ -1,6 +1,7 @@
 //! The one abstraction: how a frozen linear map is adapted, and how a method makes such an adapter.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -13,6 +14,7 @@ use crate::formats::peft_config::{self, PeftNames};
 pub use crate::init::{Evidence, EvidenceKind, Init, Shared, Source, Wanted};
 use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
+use crate::parametrisation::MethodConfig;
 use crate::{Error, Flow, Result};
 
 /// How one frozen linear map is adapted. One implementation per file under `parametrisation/` or `routing/`.
@@ -23,8 +25,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// If shapes do not fit.
     fn forward(&self, base: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        let _ = flow;
-        match self.low_rank(base)? {
+        match self.low_rank_in(base, flow)? {
             Some(view) => view.forward(base, x, None),
             None => Err(Error::unsupported("forward", "a method without a low-rank form must define it")),
         }
@@ -69,6 +70,25 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
+    /// The change of the outputs `rows` alone: an adapter of the map that those rows of the base are. None where an output's weights
+    /// change with more than their own row, or are no weights; a merge then needs the matrix as a whole.
+    ///
+    /// # Errors
+    /// If there are no such rows.
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let _ = rows;
+        Ok(None)
+    }
+
+    /// The normal form of one pass: as [`Self::low_rank`], unless what travels beside the activations changes it.
+    ///
+    /// # Errors
+    /// As [`Self::low_rank`].
+    fn low_rank_in(&self, base: &Arc<FrozenWeight>, flow: &Flow) -> Result<Option<LowRankView>> {
+        let _ = flow;
+        self.low_rank(base)
+    }
+
     /// The parameters in a form that needs no changed base, where [`Self::parameters`] is not: what [`Method::portable`]
     /// describes.
     ///
@@ -78,8 +98,28 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
+    /// Whether first parts of the product work by themselves.
+    fn is_nested(&self) -> bool {
+        false
+    }
+
+    /// The first `rank` components as a product of their own, where they work by themselves; what [`Method::cut`] describes.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn cut(&self, rank: usize) -> Result<Option<Cut>> {
+        let _ = rank;
+        Ok(None)
+    }
+
     /// The choice that this is, where each sequence of a batch goes through an adapter of its own.
     fn by_row(&self) -> Option<&ByRow> {
+        None
+    }
+
+    /// What of the forward pass the gradients leave out on purpose, and why: [`Self::low_rank`] has it as a gain over norms. None
+    /// where gradients are the derivatives.
+    fn holds(&self) -> Option<&'static str> {
         None
     }
 
@@ -87,6 +127,15 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     fn dropout(&self) -> f64 {
         0.0
     }
+}
+
+/// The first components of a layer.
+#[derive(Debug, Clone)]
+pub struct Cut {
+    /// Their number.
+    pub rank: usize,
+    /// Their parameters.
+    pub parameters: ParameterMap,
 }
 
 /// Makes the layers of one method: one implementation per file. Its settings are its fields, in recipes and in files.
@@ -138,6 +187,12 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// The method that [`Adapter::portable`] parameters belong to, with the factors on ranks and alphas; None where saved
     /// parameters need no changed base anyway.
     fn portable(&self) -> Option<(Self, usize, f64)> {
+        None
+    }
+
+    /// The method of what [`Adapter::cut`] gives; None for methods whose products are not nested.
+    fn cut(&self, rank: usize) -> Option<MethodConfig> {
+        let _ = rank;
         None
     }
 

@@ -191,12 +191,16 @@ pub fn candidates(host: &mut dyn Host) -> Result<Vec<Candidate>> {
     Ok(survey(host)?.candidates)
 }
 
-/// Whether `pattern` names the module at `path` or one that contains it.
+/// Whether `pattern` names the module at `path` or one that contains it: by PEFT's rule for whole modules, a path that ends
+/// so, also within a name (`norm` is `input_layernorm` too).
 fn names_module(path: &str, pattern: &str) -> bool {
+    if pattern.is_empty() {
+        return false;
+    }
     let mut end = path.len();
     loop {
         let head = &path[..end];
-        if head == pattern || head.strip_suffix(pattern).is_some_and(|rest| rest.ends_with('.')) {
+        if head.ends_with(pattern) {
             return true;
         }
         match head.rfind('.') {
@@ -237,6 +241,22 @@ pub fn attach(
     dtype: DType,
     device: &Device,
 ) -> Result<Attached> {
+    attach_part(host, config, origin, &|_| true, dtype, device)
+}
+
+/// As [`attach`], but only what the adapter has at the modules whose paths are `wanted` (the output head of a tied model is part
+/// of its table); a file's tensors are those of that part.
+///
+/// # Errors
+/// As [`attach`].
+pub fn attach_part(
+    host: &mut dyn Host,
+    config: &AdapterConfig,
+    origin: Origin<'_>,
+    wanted: &dyn Fn(&str) -> bool,
+    dtype: DType,
+    device: &Device,
+) -> Result<Attached> {
     let survey = survey(host)?;
     let mut placement = place(&survey, config)?;
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
@@ -267,10 +287,16 @@ pub fn attach(
         let path = module.path().to_owned();
         init.path.clone_from(&path);
         let whole = build.saved_whole(&path);
+        let head = survey.tied.as_ref().filter(|(t, _)| *t == path).map(|(_, head)| head.as_str());
+        let head = head.filter(|head| build.saved_whole(head));
+        if !wanted(&path) {
+            return Ok(());
+        }
         match module {
             ModuleMut::Linear(linear) => {
                 if whole {
-                    let weight = init.copy_of("weight", &linear.base().dequantize(dtype)?)?;
+                    let base = linear.base();
+                    let weight = init.copy_with("weight", base.dims(), || Ok(base.dequantize(dtype)?))?;
                     build.layer(&path, Arc::new(FullLayer::new(weight)));
                 } else if let Some(site) = placed.get(path.as_str()) {
                     let site = Site::of(site, linear.base(), false, device);
@@ -295,8 +321,6 @@ pub fn attach(
             }
             ModuleMut::Embedding(embedding) => {
                 let table = embedding.weight().frozen();
-                let head = survey.tied.as_ref().filter(|(t, _)| *t == path).map(|(_, head)| head.as_str());
-                let head = head.filter(|head| build.saved_whole(head));
                 let whole = whole || (head.is_some() && config.tie_weights);
                 if whole {
                     build.dense(&mut init, &path, "weight", table)?;
@@ -306,9 +330,10 @@ pub fn attach(
                     build.layer(&path, layer);
                 }
                 if let Some(head) = head.filter(|_| !config.tie_weights) {
-                    let start = embedding.head().kept().unwrap_or(embedding.base()).dequantize(dtype)?;
+                    let own = embedding.head().kept().unwrap_or(embedding.base());
                     init.path = head.to_owned();
-                    build.dense(&mut init, head, "weight", &start)?;
+                    let tensor = init.copy_with("weight", own.dims(), || Ok(own.dequantize(dtype)?))?;
+                    build.push_dense(head, "weight", tensor);
                     init.path.clone_from(&path);
                 }
                 if let Some((_, ids)) = rows_wanted.iter().find(|(p, _)| *p == path) {
@@ -337,10 +362,14 @@ pub fn attach(
     let Builder { layers, dense, rows, mut parameters, whole, .. } = build;
     parameters.extend(init.shared_parameters());
     placement.sites.retain(|site| !whole.contains(&site.path));
-    if let Some(path) = file
-        && !(missing.is_empty() && tensors.is_empty())
-    {
-        return Err(Error::Unpaired { path: path.to_owned(), missing, unused: tensors.into_keys().collect() });
+    if let Some(path) = file {
+        // What all sites share belongs to a part without sites as well.
+        let unused: Vec<String> =
+            tensors.keys().filter(|name| name.contains('.') || !layers.is_empty()).cloned().collect();
+        if !(missing.is_empty() && unused.is_empty()) {
+            return Err(Error::Unpaired { path: path.to_owned(), missing, unused });
+        }
+        tensors.clear();
     }
     if let Some(name) = tensors.into_keys().next() {
         return Err(Error::unsupported(name, "a start was made from data, but no layer takes it"));
@@ -390,9 +419,13 @@ impl Builder<'_> {
 
     fn dense(&mut self, init: &mut Init<'_>, path: &str, part: &'static str, start: &Tensor) -> Result<()> {
         let tensor = init.copy_of(part, start)?;
+        self.push_dense(path, part, tensor);
+        Ok(())
+    }
+
+    fn push_dense(&mut self, path: &str, part: &'static str, tensor: Tensor) {
         self.parameters.push(format!("{path}.{part}"), &tensor, true);
         self.dense.push(DenseEntry { path: path.to_owned(), part, tensor });
-        Ok(())
     }
 
     fn token_rows(&mut self, init: &mut Init<'_>, path: &str, ids: &[u32], table: &Tensor) -> Result<()> {
@@ -406,8 +439,8 @@ impl Builder<'_> {
         if ids.iter().collect::<BTreeSet<_>>().len() != ids.len() || ids.is_empty() {
             return Err(Error::config("trainable_tokens", "the ids must be distinct, and at least one"));
         }
-        let start = table.index_select(&Tensor::new(ids, table.device())?, 0)?;
-        let values = init.copy_of("trainable_tokens_delta", &start)?;
+        let start = || Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?);
+        let values = init.copy_with("trainable_tokens_delta", (ids.len(), table.dim(1)?), start)?;
         self.parameters.push(format!("{path}.trainable_tokens_delta"), &values, true);
         self.rows.push((path.to_owned(), TokenRows { indices: ids.to_vec(), values }));
         Ok(())

@@ -1,6 +1,6 @@
 //! What is known of the base that an adapter was made for, and how that is said.
 
-use crate::attach::Attached;
+use crate::config::AdapterConfig;
 
 /// What is known of the base that an adapter was made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -9,7 +9,9 @@ pub enum BaseCheck {
     Same,
     /// It was not checked: the file holds no content hash (other tools write none).
     NoHash,
-    /// The hash in the file is another one, and was overruled.
+    /// Its weights are those in the file, its settings were not checked: an older file holds none.
+    NoSettings,
+    /// The hash or the settings in the file are others, and were overruled.
     Forced,
 }
 
@@ -19,17 +21,21 @@ fn last(name: &str) -> Option<String> {
     (!name.is_empty() && name != ".").then(|| name.to_lowercase())
 }
 
-impl Attached {
-    /// What must be said of the base, where it is not known to be the right one; `names` are those the model goes by (hub id,
-    /// folder), which are compared with the one in the adapter's settings.
-    pub fn base_note(&self, names: &[&str]) -> Option<String> {
-        let what = match self.base {
+impl BaseCheck {
+    /// What must be said of the base of an adapter with the settings `config`, where it is not known to be the right one; `names`
+    /// are those the model goes by (hub id, folder), which are compared with the one in the settings.
+    pub fn note(self, config: &AdapterConfig, names: &[&str]) -> Option<String> {
+        let what = match self {
             BaseCheck::Same => return None,
             BaseCheck::NoHash => "the file holds no hash of its base, so the base was not checked",
-            BaseCheck::Forced => "it was made for a base with another hash, and is used all the same",
+            BaseCheck::NoSettings => {
+                "the file holds a hash of its base's weights, which are the same, but none of its settings (config.json), \
+                 which were not checked"
+            }
+            BaseCheck::Forced => "it was made for a base with another hash or other settings, and is used all the same",
         };
-        let revision = self.config.revision.as_ref().map_or(String::new(), |r| format!(" at revision `{r}`"));
-        let Some(base) = self.config.base.as_deref().filter(|b| last(b).is_some()) else {
+        let revision = config.revision.as_ref().map_or(String::new(), |r| format!(" at revision `{r}`"));
+        let Some(base) = config.base.as_deref().filter(|b| last(b).is_some()) else {
             return Some(format!("{what}; it does not name its base"));
         };
         let Some(given) = names.iter().find(|n| last(n).is_some()) else {

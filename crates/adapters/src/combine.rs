@@ -5,6 +5,7 @@
 //! Source:   the delta-wise sum; PEFT's `set_adapters` with weights in diffusers
 //! Cost:     the parts' costs, and one product with W for each part that is not a plain low-rank product
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -52,6 +53,15 @@ impl Adapter for WeightedSum {
             });
         }
         Ok(sum)
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let mut parts = Vec::with_capacity(self.parts.len());
+        for (weight, part) in &self.parts {
+            let Some(part) = part.rows(rows.clone())? else { return Ok(None) };
+            parts.push((*weight, part));
+        }
+        Ok(Some(Arc::new(Self { parts })))
     }
 
     fn lookup(&self, base: &Arc<FrozenWeight>, ids: &Tensor) -> Result<Option<Tensor>> {

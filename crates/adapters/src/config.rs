@@ -65,6 +65,8 @@ pub struct AdapterConfig {
     pub revision: Option<String>,
     /// Content hash of the base.
     pub base_hash: Option<String>,
+    /// Settings of the base that change what it computes, by name.
+    pub base_settings: Option<BTreeMap<String, String>>,
 }
 
 impl AdapterConfig {
@@ -81,6 +83,7 @@ impl AdapterConfig {
             base: None,
             revision: None,
             base_hash: None,
+            base_settings: None,
         }
     }
 }

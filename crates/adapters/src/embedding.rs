@@ -1,6 +1,7 @@
 //! A frozen table of token vectors with places for an adapter, trained rows, or a trained table; it can be the output head
 //! of a tied model too.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{D, DType, Tensor};
@@ -40,6 +41,23 @@ impl Embedding {
             path: path.into(),
             weight: Dense::new(weight),
             base,
+            adapter: None,
+            rows: None,
+            head: TiedHead::default(),
+        })
+    }
+
+    /// A table of that shape called `path` whose values are not loaded; [`Self::set_table`] puts them in.
+    ///
+    /// # Errors
+    /// If the shape is none of a matrix.
+    pub fn blank(path: impl Into<String>, tokens: usize, width: usize, dtype: DType) -> Result<Self> {
+        let base = FrozenWeight::blank(tokens, width, dtype)?;
+        let weight = base.as_dense().cloned().ok_or_else(|| Error::unsupported("a blank table", "it is not dense"))?;
+        Ok(Self {
+            path: path.into(),
+            weight: Dense::new(weight),
+            base: Arc::new(base),
             adapter: None,
             rows: None,
             head: TiedHead::default(),
@@ -162,25 +180,57 @@ impl Embedding {
     /// # Errors
     /// If shapes do not fit.
     pub fn effective(&self) -> Result<Tensor> {
-        let table = self.weight.get().detach().to_dtype(DType::F32)?;
-        let table = self.with_adapter(table)?;
-        Ok(self.with_rows(table)?.to_dtype(self.weight.frozen().dtype())?)
+        self.effective_rows(0..self.base.d_out(), Some(self.weight.frozen().clone()))
     }
 
-    /// `table` in f32 with the adapter's change.
-    pub(crate) fn with_adapter(&self, table: Tensor) -> Result<Tensor> {
-        let Some(adapter) = &self.adapter else { return Ok(table) };
-        let Some(delta) = adapter.delta(&self.base)? else { return Err(self.no_lookup()) };
-        Ok((table + delta.t()?)?)
+    /// Rows `run` of [`Self::effective`]; `own` are the frozen table's, which may be left out where a trained table replaces it.
+    pub(crate) fn effective_rows(&self, run: Range<usize>, own: Option<Tensor>) -> Result<Tensor> {
+        let rows = match (self.weight.trained(), own) {
+            (Some(trained), _) => trained.detach().narrow(0, run.start, run.len())?,
+            (None, Some(own)) => own,
+            (None, None) => self.weight.frozen().narrow(0, run.start, run.len())?,
+        };
+        let rows = self.with_adapter(rows.to_dtype(DType::F32)?, run.start)?;
+        Ok(self.with_rows(rows, run.start)?.to_dtype(self.weight.frozen().dtype())?)
     }
 
-    /// `table` in f32 with the trained rows in place of its own.
-    pub(crate) fn with_rows(&self, table: Tensor) -> Result<Tensor> {
-        let Some(rows) = &self.rows else { return Ok(table) };
-        let index = Tensor::new(rows.indices.as_slice(), table.device())?;
-        let values = rows.values.detach().to_dtype(DType::F32)?;
-        let shift = (values - table.index_select(&index, 0)?)?;
-        Ok(table.contiguous()?.index_add(&index, &shift, 0)?)
+    /// `rows` in f32, of the tokens from `start` on, with the adapter's change.
+    pub(crate) fn with_adapter(&self, rows: Tensor, start: usize) -> Result<Tensor> {
+        let Some(adapter) = &self.adapter else { return Ok(rows) };
+        let end = start + rows.dim(0)?;
+        let ids = Tensor::arange(start as u32, end as u32, rows.device())?;
+        let Some(change) = adapter.lookup(&self.base, &ids)? else { return Err(self.no_lookup()) };
+        Ok((rows + change.detach().to_dtype(DType::F32)?)?)
+    }
+
+    /// `rows` in f32, of the tokens from `start` on, with the trained ones in place of their own.
+    pub(crate) fn with_rows(&self, rows: Tensor, start: usize) -> Result<Tensor> {
+        let Some(trained) = &self.rows else { return Ok(rows) };
+        let count = rows.dim(0)?;
+        let place = |id: &u32| (*id as usize).checked_sub(start).filter(|at| *at < count).map(|at| at as u32);
+        let (from, to): (Vec<u32>, Vec<u32>) =
+            (0u32..).zip(&trained.indices).filter_map(|(i, id)| Some((i, place(id)?))).unzip();
+        if to.is_empty() {
+            return Ok(rows);
+        }
+        let (from, to) = (Tensor::new(from, rows.device())?, Tensor::new(to, rows.device())?);
+        let values = trained.values.detach().to_dtype(DType::F32)?.index_select(&from, 0)?;
+        let shift = (values - rows.index_select(&to, 0)?)?;
+        Ok(rows.contiguous()?.index_add(&to, &shift, 0)?)
+    }
+
+    /// Puts a table that is not loaded, or its shape alone, in place of the frozen one.
+    ///
+    /// # Errors
+    /// If the shape differs, or it is quantised.
+    pub fn set_weight(&mut self, table: FrozenWeight) -> Result<()> {
+        let dense = table.as_dense().filter(|t| t.dims() == self.weight.frozen().dims()).cloned();
+        let Some(dense) = dense else {
+            return Err(Error::unsupported(&self.path, format!("its table became {:?}", table.dims())));
+        };
+        self.base = Arc::new(table);
+        self.weight = Dense::new(dense);
+        Ok(())
     }
 
     /// Replaces the frozen table (merging).

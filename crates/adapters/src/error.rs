@@ -79,6 +79,14 @@ pub enum Error {
         /// Hash of the base in use.
         found: String,
     },
+    /// The adapter was made for a base with the same weights, but other settings.
+    #[error("{}: made for a base with other settings: {}", path.display(), differing.join("; "))]
+    OtherSettings {
+        /// The adapter's files.
+        path: PathBuf,
+        /// The settings that differ, each with both values.
+        differing: Vec<String>,
+    },
     /// The operation does not exist for this method or module.
     #[error("{what}: {reason}")]
     Unsupported {
@@ -121,7 +129,7 @@ impl Error {
     /// What the user can do about it, if there is something beyond the message.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::WrongBase { .. } => Some(
+            Self::WrongBase { .. } | Self::OtherSettings { .. } => Some(
                 "load the base it was trained on, or pass --allow-base to use it all the same (results will differ)"
                     .into(),
             ),

@@ -18,6 +18,17 @@ pub struct Flow {
     /// Which of the adapters in the slots each sequence of the batch goes through, where
     /// [`activate_by_row`](crate::AdapterSet::activate_by_row) put several there.
     pub rows: Option<Arc<[usize]>>,
+    /// The rank that nested products are cut to in this pass, where one was drawn.
+    pub nested: Option<Nested>,
+}
+
+/// A rank drawn for one pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nested {
+    /// Components that take part.
+    pub rank: usize,
+    /// Whether only the last of them is trained.
+    pub last_only: bool,
 }
 
 impl Flow {
@@ -33,7 +44,7 @@ impl Flow {
 
     /// Training with the random numbers of `(seed, step, part)`, where `part` counts the micro-batches of a step.
     pub fn train(seed: u64, step: u64, part: u64) -> Self {
-        Self { train: true, random_key: random::mix(&[seed, step, part]), rows: None }
+        Self { train: true, random_key: random::mix(&[seed, step, part]), ..Self::default() }
     }
 
     /// `x` after dropout, where there is any: None in evaluation or at `p = 0`, so that fused products may be taken.

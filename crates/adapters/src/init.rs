@@ -209,6 +209,19 @@ impl<'a> Init<'a> {
         self.trainable(name, values.shape(), |_, _, _| Ok(values.detach()))
     }
 
+    /// A trainable tensor that starts as what `values` gives, which is not asked where a file has the tensor.
+    ///
+    /// # Errors
+    /// As [`Self::trainable`].
+    pub fn copy_with(
+        &mut self,
+        name: &str,
+        shape: impl Into<Shape>,
+        values: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.trainable(name, shape, |_, _, _| values())
+    }
+
     /// The tensor called `name` that belongs to no module and that all sites share: made for the first, and given to all.
     ///
     /// # Errors

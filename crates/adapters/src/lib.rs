@@ -13,6 +13,7 @@ mod base;
 pub mod by_row;
 pub mod combine;
 pub mod config;
+mod cut;
 pub mod decomposition;
 mod embedding;
 pub mod error;
@@ -32,6 +33,7 @@ pub mod set;
 pub mod target;
 pub mod tied;
 mod weight_space;
+pub mod written;
 
 pub use adapter::{Adapter, Init, Method, Site};
 pub use config::AdapterConfig;

@@ -197,7 +197,10 @@ impl LowRankView {
 }
 
 /// `x` [.., n] as [rows, n], and its leading shape.
-pub(crate) fn flatten(x: &Tensor) -> Result<(Tensor, Vec<usize>)> {
+///
+/// # Errors
+/// If the device refuses.
+pub fn flatten(x: &Tensor) -> Result<(Tensor, Vec<usize>)> {
     let dims = x.dims();
     let last = dims.last().copied().unwrap_or(1);
     let rows = dims[..dims.len().saturating_sub(1)].iter().product::<usize>();

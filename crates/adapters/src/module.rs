@@ -1,5 +1,6 @@
 //! The modules that models are built from, each with a place where an adapter acts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -118,7 +119,10 @@ impl Linear {
     }
 
     /// Factors of the adapter on the bias, where the map has one and the adapter scales it.
-    pub(crate) fn bias_gain(&self) -> Result<Option<Tensor>> {
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn bias_gain(&self) -> Result<Option<Tensor>> {
         match (&self.adapter, &self.bias) {
             (Some(adapter), Some(_)) => adapter.bias_gain(),
             _ => Ok(None),
@@ -150,7 +154,7 @@ impl Linear {
         if plain.bias.is_some() && adapter.bias_gain()?.is_some() {
             return Ok(None);
         }
-        let Some(view) = adapter.low_rank(&self.base)? else { return Ok(None) };
+        let Some(view) = adapter.low_rank_in(&self.base, flow)? else { return Ok(None) };
         let a = match &view.rank_scale {
             Some(scale) => view.a.broadcast_mul(&scale.unsqueeze(1)?)?,
             None => view.a.clone(),
@@ -353,6 +357,11 @@ pub trait Host {
     /// Whether weights are rounded against those that other tools have of the same model (a quantised file).
     fn is_rounded(&self) -> bool {
         false
+    }
+
+    /// The settings that make the weights a function (epsilons, positions, soft caps, ...), by name; none where none are known.
+    fn settings(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
     }
 
     /// Content hash of the base weights as they were loaded.

@@ -81,6 +81,13 @@ impl ParameterMap {
         self.0.iter().filter(|p| p.trainable)
     }
 
+    /// Takes those that `keep` does not want out of what is trained; they stay parameters, and are saved.
+    pub fn train_only(&mut self, keep: impl Fn(&Parameter) -> bool) {
+        for parameter in &mut self.0 {
+            parameter.trainable &= keep(parameter);
+        }
+    }
+
     /// The parameter of that name.
     pub fn get(&self, name: &str) -> Option<&Parameter> {
         self.0.iter().find(|p| p.name == name)

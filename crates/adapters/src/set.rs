@@ -11,6 +11,7 @@ use crate::attach::{Attached, merged_weight};
 use crate::by_row::ByRow;
 use crate::combine::WeightedSum;
 use crate::module::{Host, ModuleMut};
+use crate::written::no_weight;
 use crate::{Error, Result};
 
 /// Named adapters of one base model, and which of them act.
@@ -216,12 +217,7 @@ impl AdapterSet {
                 ModuleMut::Linear(linear) => {
                     let mut gain = None;
                     if let Some(adapter) = linear.adapter().cloned() {
-                        let Some(delta) = adapter.delta(linear.base())? else {
-                            return Err(Error::unsupported(
-                                format!("merging the adapter of {path}"),
-                                "its change depends on the input, so it is not a weight; keep it beside the base",
-                            ));
-                        };
+                        let Some(delta) = adapter.delta(linear.base())? else { return Err(no_weight(&path)) };
                         let weight = merged_weight(linear.base(), &delta, dtype)?;
                         gain = linear.bias_gain()?;
                         merged.weights.insert(path.clone(), linear.base().clone());

@@ -4,6 +4,7 @@
 //! As in PEFT, the head follows trained rows always, and a trained table or an adapter where the two are kept tied
 //! (`ensure_weight_tying`); else it stays as it was. A merge that changes the table alone leaves the old table here as the head.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -107,18 +108,34 @@ impl TiedHead {
 
     /// The head [vocabulary, width] with everything that acts on it written in, in the table's dtype.
     pub(crate) fn effective(&self, table: &Embedding) -> Result<Tensor> {
-        let dtype = table.weight().frozen().dtype();
-        if let Some(own) = &self.trained {
-            return Ok(own.detach().to_dtype(dtype)?);
-        }
-        let trained = table.weight().trained().filter(|_| self.shared);
-        let mut head = match trained {
-            Some(weight) => weight.detach().to_dtype(DType::F32)?,
-            None => self.kept.as_ref().unwrap_or(table.base()).dequantize(DType::F32)?,
+        let own = match self.is_replaced(table) {
+            true => None,
+            false => Some(self.kept.as_ref().unwrap_or(table.base()).dequantize(DType::F32)?),
         };
-        if self.shared {
-            head = table.with_adapter(head)?;
+        self.effective_rows(table, 0..table.base().d_out(), own)
+    }
+
+    /// Whether a trained head or table stands in the frozen head's place.
+    pub(crate) fn is_replaced(&self, table: &Embedding) -> bool {
+        self.trained.is_some() || self.shared && table.weight().trained().is_some()
+    }
+
+    /// Rows `run` of [`Self::effective`]; `own` are the frozen head's, where it is not replaced.
+    pub(crate) fn effective_rows(&self, table: &Embedding, run: Range<usize>, own: Option<Tensor>) -> Result<Tensor> {
+        let dtype = table.weight().frozen().dtype();
+        let cut = |t: &Tensor| t.detach().narrow(0, run.start, run.len());
+        if let Some(trained) = &self.trained {
+            return Ok(cut(trained)?.to_dtype(dtype)?);
         }
-        Ok(table.with_rows(head)?.to_dtype(dtype)?)
+        let mut head = match (table.weight().trained().filter(|_| self.shared), own) {
+            (Some(trained), _) => cut(trained)?,
+            (None, Some(own)) => own,
+            (None, None) => self.kept.as_ref().unwrap_or(table.base()).rows(run.clone())?,
+        }
+        .to_dtype(DType::F32)?;
+        if self.shared {
+            head = table.with_adapter(head, run.start)?;
+        }
+        Ok(table.with_rows(head, run.start)?.to_dtype(dtype)?)
     }
 }

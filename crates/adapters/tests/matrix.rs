@@ -1,4 +1,5 @@
-//! Every method in several settings against everything an adapter must do.
+//! Every method in several settings against everything an adapter must do. That gradients are derivatives is tried in
+//! `espalier-trials`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -13,9 +14,7 @@ use espalier_adapters::initialisation::INITIALISATIONS;
 use espalier_adapters::parametrisation::METHODS;
 use espalier_adapters::parametrisation::lora::Lora;
 use espalier_adapters::target::Pattern;
-use espalier_adapters::{
-    Adapter, AdapterConfig, AdapterSet, Flow, FrozenWeight, Host, MethodConfig, ModuleMut, ParameterMap, Result,
-};
+use espalier_adapters::{AdapterConfig, AdapterSet, Flow, FrozenWeight, Host, MethodConfig, ModuleMut};
 
 /// Name, settings; every method of the list has at least its default row.
 fn rows() -> Vec<(String, AdapterConfig)> {
@@ -145,6 +144,25 @@ fn merging_keeps_the_outputs_and_unmerging_gives_every_bit_back() {
 }
 
 #[test]
+fn the_change_of_some_rows_is_those_rows_of_the_change() {
+    for (name, config) in rows() {
+        let (toy, _set) = adapted(&config, DType::F32);
+        for linear in [&toy.up, &toy.down] {
+            let Some(adapter) = linear.adapter() else { continue };
+            let whole = adapter.delta(linear.base()).unwrap().unwrap();
+            let d_out = linear.base().d_out();
+            for run in [0..d_out, 0..1, 1..d_out, d_out - 1..d_out] {
+                let part = adapter.rows(run.clone()).unwrap().unwrap_or_else(|| panic!("{name}: no form by rows"));
+                let base = Arc::new(FrozenWeight::dense(linear.base().rows(run.clone()).unwrap()).unwrap());
+                let d =
+                    difference(&part.delta(&base).unwrap().unwrap(), &whole.narrow(0, run.start, run.len()).unwrap());
+                assert!(d < 1e-6, "{name} {run:?}: {d}");
+            }
+        }
+    }
+}
+
+#[test]
 fn switching_off_gives_the_base_bit_for_bit() {
     for (name, config) in rows() {
         let (mut toy, mut set) = adapted(&config, DType::F32);
@@ -202,86 +220,6 @@ fn adapters_of_one_table_add_up_too() {
     let acting = toy.out();
     set.merge(&mut toy, DType::F32).unwrap();
     assert!(difference(&toy.out(), &acting) < 1e-4);
-}
-
-/// What a method with a gain computes where the gain stands still, written out: the derivative that is meant.
-#[derive(Debug)]
-struct StillGain {
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: f64,
-    gain: Tensor,
-    dropout: f64,
-    path: String,
-}
-
-impl Adapter for StillGain {
-    fn forward(&self, _: &Arc<FrozenWeight>, x: &Tensor, flow: &Flow) -> Result<Tensor> {
-        let dropped = flow.dropout(x, self.dropout, &self.path)?;
-        let change = (dropped.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale)?;
-        Ok((x.matmul(&self.weight.t()?)? + change)?.broadcast_mul(&self.gain)?)
-    }
-
-    fn parameters(&self) -> ParameterMap {
-        ParameterMap::new()
-    }
-}
-
-fn hold_gains(toy: &mut Toy) {
-    for linear in [&mut toy.up, &mut toy.down] {
-        let (Some(adapter), base, path) = (linear.adapter().cloned(), linear.base().clone(), linear.path().to_owned())
-        else {
-            continue;
-        };
-        let Some(view) = adapter.low_rank(&base).unwrap() else { continue };
-        let Some(gain) = view.gains(&base).unwrap() else { continue };
-        let weight = view.start(&base).dequantize(DType::F64).unwrap();
-        let (a, b, scale) = (view.a.clone(), view.b.clone(), view.scale);
-        let still = StillGain { weight, a, b, scale, gain: gain.detach(), dropout: adapter.dropout(), path };
-        linear.set_adapter(Some(Arc::new(still)));
-    }
-}
-
-#[test]
-fn gradients_are_those_of_finite_differences() {
-    const STEP: f64 = 1e-5;
-    for (name, config) in rows() {
-        let (mut toy, set) = adapted(&config, DType::F64);
-        let flow = Flow::train(3, 1, 4);
-        let probe: Vec<f64> = (0..IDS.len() * OUT).map(|i| (i as f64 * 0.7).cos()).collect();
-        let probe = Tensor::from_vec(probe, (IDS.len(), OUT), &Device::Cpu).unwrap();
-        let loss = |toy: &Toy| {
-            let y = toy.forward(&IDS, &flow).unwrap();
-            assert_eq!(y.dtype(), DType::F64);
-            ((&y * &probe).unwrap() + (y.sqr().unwrap() * 0.5).unwrap()).unwrap().sum_all().unwrap()
-        };
-        let grads = loss(&toy).backward().unwrap();
-        let parameters = set.get("a").unwrap().parameters.clone();
-        let check = |toy: &Toy, wanted: &dyn Fn(&str) -> bool| {
-            for p in parameters.trainable().filter(|p| wanted(&p.name)) {
-                let ours = values(grads.get(&p.tensor).unwrap_or_else(|| panic!("{name}: {} has none", p.name)));
-                let start = values(&p.tensor);
-                let var = p.var().unwrap();
-                let at = |i: usize, step: f64| {
-                    let mut moved = start.clone();
-                    moved[i] += step;
-                    var.set(&Tensor::from_vec(moved, p.tensor.shape(), &Device::Cpu).unwrap()).unwrap();
-                    loss(toy).to_scalar::<f64>().unwrap()
-                };
-                for (i, ours) in ours.iter().enumerate() {
-                    let theirs = (at(i, STEP) - at(i, -STEP)) / (2.0 * STEP);
-                    let error = (ours - theirs).abs() / (1.0 + theirs.abs());
-                    assert!(error < 1e-7, "{name}: {} [{i}]: {ours} against {theirs}", p.name);
-                }
-                at(0, 0.0);
-            }
-        };
-        let is_factor = |n: &str| n.contains("lora_A") || n.contains("lora_B");
-        check(&toy, &|n| !is_factor(n));
-        hold_gains(&mut toy);
-        check(&toy, &is_factor);
-    }
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Every recipe key as a flag: `max_steps` is `--max-steps`, `shuffle` is `--shuffle` and `--no-shuffle`, a key of the
-//! `[adapter]` table is its own name.
+//! `[adapter]` table is its own name, `method` of the `[dynamics]` table is `--dynamics`, and another key of it
+//! `--dynamics-KEY`.
 
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use espalier_train::Recipe;
-use espalier_train::recipe::{KEYS, Setting, adapter_keys};
+use espalier_train::recipe::{KEYS, Setting, adapter_keys, dynamics_keys};
 
 /// A recipe file and the flags over it.
 #[derive(Debug, Clone, Default)]
@@ -45,7 +46,7 @@ impl Args for RecipeFlags {
                 .long("set")
                 .value_name("KEY=VALUE")
                 .action(ArgAction::Append)
-                .help("Set one recipe key; `adapter.` for keys of the adapter table"),
+                .help("Set one recipe key; `adapter.` and `dynamics.` for keys of those tables"),
         );
         for key in KEYS {
             let help = match default_text(key.default) {
@@ -69,6 +70,15 @@ impl Args for RecipeFlags {
             let id = format!("adapter.{}", key.name);
             command = command
                 .arg(Arg::new(id).long(flag(&key.name)).value_name("VALUE").help(key.doc).help_heading("Adapter keys"));
+        }
+        for key in dynamics_keys() {
+            let long = match key.name.as_str() {
+                "method" => "dynamics".to_owned(),
+                name => format!("dynamics-{}", flag(name)),
+            };
+            let id = format!("dynamics.{}", key.name);
+            let arg = Arg::new(id).long(long).value_name("VALUE").help(key.doc).help_heading("Dynamics keys");
+            command = command.arg(arg);
         }
         command
     }
@@ -110,6 +120,12 @@ impl FromArgMatches for RecipeFlags {
             let id = format!("adapter.{}", key.name);
             if let Some(text) = matches.get_one::<String>(&id) {
                 flags.settings.push(Setting { key: id, text: list_or_text(&key.name, text) });
+            }
+        }
+        for key in dynamics_keys() {
+            let id = format!("dynamics.{}", key.name);
+            if let Some(text) = matches.get_one::<String>(&id) {
+                flags.settings.push(Setting { key: id, text: text.clone() });
             }
         }
         Ok(flags)

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use common::{fails, golden, json, ok, run, text};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 
 fn base(name: &str) -> String {
     text(&golden().join("families").join(name))
@@ -36,7 +36,7 @@ fn scores(model: &str, adapter: Option<&str>, ids: &Path, out: &Path) -> Tensor 
         args.extend(["--adapter", adapter]);
     }
     ok(&args);
-    MappedFile::open(out).unwrap().load("logits", &Device::Cpu).unwrap()
+    TensorFile::open(out).unwrap().load("logits", &Device::Cpu).unwrap()
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -86,7 +86,7 @@ fn a_head_that_stays_while_the_table_changes_is_compared() {
         assert_eq!(report["unties"], unties, "{name}");
         assert!(report["max_difference"].as_f64().unwrap() < 1e-4, "{name}: {report}");
         let ids = golden().join("adapters").join(name).join("expected.safetensors");
-        let wanted = MappedFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
+        let wanted = TensorFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
         let d = difference(&scores(&text(&out), None, &ids, &temp.path().join("x.safetensors")), &wanted);
         assert!(d < 1e-4, "{name}: {d}");
     }
@@ -134,7 +134,7 @@ fn nothing_of_the_users_is_replaced() {
 fn rows_alone(folder: &Path) -> PathBuf {
     let source = golden().join("adapters/trainable_tokens_untied");
     std::fs::copy(source.join("adapter_config.json"), folder.join("adapter_config.json")).unwrap();
-    let file = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap();
+    let file = TensorFile::open(&source.join("adapter_model.safetensors")).unwrap();
     let entries = file.load_all(&Device::Cpu).unwrap().into_iter().map(|(name, t)| {
         let t = if name.contains("lora_B") { t.zeros_like().unwrap() } else { t };
         Entry::of(name, &t)
@@ -170,7 +170,7 @@ fn a_probe_of_data_is_used_and_counted() {
 fn exports_are_verified_and_say_so_on_their_card() {
     let temp = tempfile::tempdir().unwrap();
     let (base, ids) = (base("llama_gqa_tied"), golden().join("adapters/pissa/expected.safetensors"));
-    let wanted = MappedFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
+    let wanted = TensorFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
     let out = temp.path().join("peft");
     let report = json(&["export", "--model", &base, "--adapter", &adapter("pissa"), "--verify", "--out", &text(&out)]);
     assert!(report["max_difference"].as_f64().unwrap() < 1e-4, "{report}");
@@ -193,8 +193,91 @@ fn exports_are_verified_and_say_so_on_their_card() {
     assert!(!strict.exists());
     let plain = ["export", "--model", &base, "--form", "model", "--tolerance", "1", "--out", "x"];
     assert!(fails(1, &plain).contains("--verify"));
-    let half = format!("half={}@0.5", adapter("lora_all"));
-    assert!(fails(1, &["export", "--model", &base, "--adapter", &half, "--out", "x"]).contains("weight"));
+    let both =
+        ["export", "--model", &base, "--adapter", &adapter("lora_all"), "--adapter", &adapter("dora"), "--out", "x"];
+    assert!(fails(1, &both).contains("magnitudes"));
+    assert!(fails(1, &["export", "--model", &base, "--out", "x"]).contains("no adapter"));
+}
+
+#[test]
+fn several_adapters_are_written_as_their_weighted_sum() {
+    let temp = tempfile::tempdir().unwrap();
+    let (base, out) = (base("llama_gqa_tied"), text(&temp.path().join("sum")));
+    let (half, less) = (format!("{}@0.5", adapter("lora_all")), format!("{}@-0.7", adapter("rslora_patterns")));
+    let ids = text(&golden().join("adapters/lora_all/expected.safetensors"));
+    let logits = |adapters: &[&str], name: &str| {
+        let target = temp.path().join(name);
+        let written = text(&target);
+        let mut args = vec!["logits", "--model", &base, "--ids", &ids, "--out", &written];
+        adapters.iter().for_each(|a| args.extend(["--adapter", a]));
+        ok(&args);
+        TensorFile::open(&target).unwrap().load("logits", &Device::Cpu).unwrap()
+    };
+    let args = ["export", "--model", &base, "--adapter", &half, "--adapter", &less, "--verify", "--out", &out];
+    let report = json(&args);
+    assert!(report["max_difference"].as_f64().unwrap() < 1e-4, "{report}");
+    let together = logits(&[&half, &less], "together.safetensors");
+    assert!(difference(&logits(&[&out], "one.safetensors"), &together) < 1e-4);
+    assert!(difference(&logits(&[], "none.safetensors"), &together) > 0.1);
+}
+
+#[test]
+fn a_base_with_other_settings_is_refused_with_the_settings() {
+    let temp = tempfile::tempdir().unwrap();
+    let (model, ours) = (base("llama_gqa_tied"), text(&temp.path().join("ours")));
+    ok(&["export", "--model", &model, "--adapter", &adapter("lora_all"), "--out", &ours]);
+    let other = temp.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let source = golden().join("families/llama_gqa_tied");
+    std::fs::copy(source.join("model.safetensors"), other.join("model.safetensors")).unwrap();
+    let config = std::fs::read_to_string(source.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["rms_norm_eps"] = 0.25.into();
+    config["rope_parameters"]["rope_theta"] = 77.0.into();
+    std::fs::write(other.join("config.json"), config.to_string()).unwrap();
+    let (ids, out) = (text(&golden().join("adapters/lora_all/expected.safetensors")), text(&temp.path().join("x")));
+    let args = ["logits", "--model", &text(&other), "--adapter", &ours, "--ids", &ids, "--out", &out];
+    let error = fails(1, &args);
+    assert!(
+        error.contains("other settings") && error.contains("epsilon 0.25") && error.contains("theta 77"),
+        "{error}"
+    );
+    assert!(!error.contains("activation") && !error.contains("tied is"), "{error}");
+    let merged = text(&temp.path().join("merged"));
+    let error = fails(1, &["merge-into-base", "--model", &text(&other), "--adapter", &ours, "--out", &merged]);
+    assert!(error.contains("epsilon 0.25"), "{error}");
+    let forced: Vec<&str> = args.iter().copied().chain(["--allow-base", "--json"]).collect();
+    let said = run(&forced);
+    assert!(said.status.success() && String::from_utf8_lossy(&said.stderr).contains("other settings"));
+}
+
+#[test]
+fn what_a_merge_keeps_in_coarser_storage_is_measured() {
+    let temp = tempfile::tempdir().unwrap();
+    let rows = temp.path().join("rows.jsonl");
+    let line = |i: u32| format!("{{\"input_ids\": [{i}, 5, 9, 11, 3], \"labels\": [-100, -100, 9, 11, 3]}}\n");
+    std::fs::write(&rows, (1..7).map(line).collect::<String>()).unwrap();
+    let (rows, out) = (text(&rows), temp.path().join("out"));
+    let base = base("llama_gqa_tied");
+    let more = ["--probe", &rows, "--requantize", "nf4,q8_0"];
+    let report = json(&strs(&merge(&base, &adapter("lora_all"), &out, &more)));
+    let gain = &report["gain"];
+    let stored: Vec<&str> = gain["stored"].as_array().unwrap().iter().map(|s| s["storage"].as_str().unwrap()).collect();
+    assert_eq!(stored, ["written", "nf4", "q8_0"]);
+    // This adapter was not trained, so there is no gain on these rows, and that is said; the losses are there all the same.
+    let (loss, adapted) = (gain["loss_base"].as_f64().unwrap(), gain["loss_adapted"].as_f64().unwrap());
+    assert_eq!(gain["note"].is_null(), loss - adapted >= 1e-2, "{gain}");
+    let nf4 = &gain["stored"][1];
+    assert!(nf4["max_difference"].as_f64().unwrap() > 1e-3 && nf4["loss"].as_f64().unwrap() != adapted, "{gain}");
+    let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+    assert!(card.contains("Gain of the adapters") && card.contains("Kept as q8"), "{card}");
+    let refused =
+        fails(1, &strs(&merge(&base, &adapter("lora_all"), &temp.path().join("x"), &["--requantize", "none"])));
+    assert!(refused.contains("no quantised storage"), "{refused}");
+    let rows_too_short = merge(&base, &adapter("lora_all"), &temp.path().join("x"), &["--requantize", "q4_k"]);
+    let refused = fails(1, &strs(&rows_too_short));
+    assert!(refused.contains("whole blocks of 256"), "{refused}");
+    assert!(!temp.path().join("x").exists());
 }
 
 #[test]

@@ -37,6 +37,28 @@ fn weights(w: &Tensor, gguf: bool) -> Vec<FrozenWeight> {
     all
 }
 
+#[test]
+fn rows_are_those_of_the_whole() {
+    let mut r = rng(3);
+    let w = randn(&mut r, &[9, 256], DType::F32);
+    for weight in weights(&w, true) {
+        let whole = weight.dequantize(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        for run in [0..9, 0..1, 3..7, 8..9, 4..4] {
+            let rows = weight.rows(run.clone()).unwrap().to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+            assert!(rows == whole[run.clone()], "{} {run:?}", weight.dtype_name());
+        }
+        assert!(weight.rows(4..10).is_err(), "{}", weight.dtype_name());
+    }
+}
+
+#[test]
+fn a_block_type_is_refused_where_rows_are_no_whole_blocks() {
+    let w = Tensor::zeros((4, 96), DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(FrozenWeight::gguf_from(&w, GgmlDType::Q8_0).unwrap().dtype_name(), "q8_0");
+    let error = FrozenWeight::gguf_from(&w, GgmlDType::Q4K).unwrap_err().to_string();
+    assert!(error.contains("[4, 96]") && error.contains("q4_k") && error.contains("256"), "{error}");
+}
+
 /// Both products of every storage type, on both sides of the threshold between dot products and matrix products.
 fn products(d_out: usize, d_in: usize, rows: &[usize], gguf: bool) {
     let mut r = rng((d_out * 1000 + d_in) as u64);

@@ -28,7 +28,7 @@ impl Builder<'_> {
     pub(crate) fn dense_linear(&mut self, path: &str, d_out: usize, d_in: usize, bias: bool) -> Result<Linear> {
         let weight = self.source.dense(&format!("{path}.weight"), &[d_out, d_in], self.options)?;
         let bias = bias.then(|| self.source.dense(&format!("{path}.bias"), &[d_out], self.options)).transpose()?;
-        Ok(Linear::new(path, FrozenWeight::dense(weight)?, bias, false)?)
+        Ok(Linear::new(path, self.frozen(weight)?, bias, false)?)
     }
 
     /// A head with new weights: normal with standard deviation `initializer_range`, zero bias.
@@ -52,6 +52,18 @@ impl Builder<'_> {
     /// The table at `path`.
     pub(crate) fn embedding(&mut self, path: &str, rows: usize) -> Result<Embedding> {
         let weight = self.source.dense(&format!("{path}.weight"), &[rows, self.config.hidden], self.options)?;
-        Ok(Embedding::new(path, weight)?)
+        match self.source.is_outline() {
+            true => Ok(Embedding::blank(path, rows, self.config.hidden, self.options.dtype)?),
+            false => Ok(Embedding::new(path, weight)?),
+        }
+    }
+
+    /// A matrix that stays dense, or its shape alone where the source gives no more.
+    fn frozen(&self, weight: Tensor) -> Result<FrozenWeight> {
+        let (d_out, d_in) = weight.dims2()?;
+        match self.source.is_outline() {
+            true => Ok(FrozenWeight::blank(d_out, d_in, self.options.dtype)?),
+            false => Ok(FrozenWeight::dense(weight)?),
+        }
     }
 }

@@ -1,16 +1,18 @@
-//! Writes a model as a Hugging Face folder, tensor by tensor: one matrix in memory at a time, shards of bounded size.
+//! Writes a model as a Hugging Face folder, with everything that acts on its weights written in: from memory, or from the files
+//! of its base without loading it.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
-use espalier_adapters::formats::{atomic, safetensors};
-use espalier_adapters::{Host, ModuleMut};
+use candle_core::DType;
+use espalier_adapters::formats::atomic;
+use espalier_adapters::formats::piecewise::Piecewise;
 use serde_json::{Value, json};
 
-use crate::claim::{MARK, claim};
+use crate::claim::claim;
 use crate::config::HeadSpec;
+use crate::streamed::Streamed;
 use crate::transformer::Model;
+use crate::weight_files::Writer;
 use crate::{Error, Result};
 
 /// How a model is written.
@@ -42,6 +44,8 @@ pub struct Exported {
     pub files: usize,
     /// Bytes of the weight files.
     pub bytes: u64,
+    /// Whether the output head of a tied architecture was written apart from the token table.
+    pub unties: bool,
 }
 
 /// Files beside the weights that belong to a model.
@@ -76,14 +80,14 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<usize> {
 }
 
 impl Model {
-    /// Writes the base weights, with what was merged into them, as a model folder. Adapters in the slots are not written.
+    /// Writes the weights, with what was merged into them and what acts in the slots, as a model folder.
     ///
     /// # Errors
     /// If `folder` holds anything but an earlier export or is the base itself, or a file cannot be written; an earlier folder is
     /// whole then.
     pub fn export(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
         claim(folder, self.provenance.path())?;
-        let mut written = Exported { tensors: 0, files: 0, bytes: 0 };
+        let mut written = Exported { tensors: 0, files: 0, bytes: 0, unties: false };
         atomic::replace_folder(folder, |temp| -> Result<()> {
             written = self.write(temp, options)?;
             Ok(())
@@ -96,16 +100,22 @@ impl Model {
     /// # Errors
     /// If a file cannot be written.
     pub fn write(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
-        let written = self.write_weights(folder, options)?;
-        let config = self.config_json(options)?;
+        let written = Writer { model: self, store: None, adapters: None }.write(folder, options)?;
+        self.write_beside(folder, options, written.unties)?;
+        Ok(written)
+    }
+
+    /// Settings, tokenizer and templates.
+    fn write_beside(&self, folder: &Path, options: &ExportOptions, unties: bool) -> Result<()> {
+        let config = self.config_json(options, unties)?;
         atomic::write(&folder.join("config.json"), |out| writeln!(out, "{config}"))?;
         if let Some(from) = self.provenance.path().filter(|p| p.is_dir()) {
             copy_companions(from, folder)?;
         }
-        Ok(written)
+        Ok(())
     }
 
-    fn config_json(&self, options: &ExportOptions) -> Result<String> {
+    fn config_json(&self, options: &ExportOptions, unties: bool) -> Result<String> {
         let mut raw = self.config.raw.clone();
         if let Some(keys) = raw.as_object_mut() {
             let dtype = options.dtype.unwrap_or(self.dtype());
@@ -120,7 +130,7 @@ impl Model {
                 }
             }
             keys.remove("quantization_config");
-            if self.unties(options) {
+            if unties {
                 keys.insert("tie_word_embeddings".into(), false.into());
             }
             if let HeadSpec::Pooled { labels } | HeadSpec::Dense { labels } = self.config.head {
@@ -141,98 +151,18 @@ impl Model {
         }
         serde_json::to_string_pretty(&raw).map_err(|e| Error::Input(e.to_string()))
     }
+}
 
-    /// Whether a tied architecture is written with a head of its own.
-    fn unties(&self, options: &ExportOptions) -> bool {
-        self.config.tied && (options.untie || self.embed.head().kept().is_some())
-    }
-
-    fn write_weights(&mut self, folder: &Path, options: &ExportOptions) -> Result<Exported> {
-        let entries = self.entries(options)?;
-        let size = |e: &safetensors::Entry<'_>| (e.shape.iter().product::<usize>() * e.dtype.size_in_bytes()) as u64;
-        let mut shards: Vec<Vec<safetensors::Entry<'static>>> = vec![Vec::new()];
-        let mut filled = 0u64;
-        for entry in entries {
-            let bytes = size(&entry);
-            if filled > 0 && filled + bytes > options.shard_bytes {
-                shards.push(Vec::new());
-                filled = 0;
-            }
-            filled += bytes;
-            if let Some(shard) = shards.last_mut() {
-                shard.push(entry);
-            }
-        }
-        let files = shards.len();
-        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), (MARK.to_owned(), "model".to_owned())]);
-        let mut written = Exported { tensors: 0, files, bytes: 0 };
-        let mut map = serde_json::Map::new();
-        let mut total = 0u64;
-        for (i, shard) in shards.into_iter().enumerate() {
-            let name = if files == 1 {
-                "model.safetensors".to_owned()
-            } else {
-                format!("model-{:05}-of-{files:05}.safetensors", i + 1)
-            };
-            for entry in &shard {
-                map.insert(entry.name.clone(), name.clone().into());
-                total += size(entry);
-            }
-            written.tensors += shard.len();
-            written.bytes += safetensors::write(&folder.join(&name), shard, &metadata)?;
-        }
-        if files > 1 {
-            let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-            atomic::write(&folder.join("model.safetensors.index.json"), |out| writeln!(out, "{index:#}"))?;
-        }
+impl Streamed {
+    /// Writes the base with what `adapters` do to it into `folder`, which exists, from file to file: no more than a matrix is in
+    /// memory at once.
+    ///
+    /// # Errors
+    /// If a weight cannot be read, a change has no place in the weights, or a file cannot be written.
+    pub fn write(&mut self, folder: &Path, options: &ExportOptions, adapters: &Piecewise) -> Result<Exported> {
+        let Self { model, store } = self;
+        let written = Writer { model, store: Some(store), adapters: Some(adapters) }.write(folder, options)?;
+        self.model.write_beside(folder, options, written.unties)?;
         Ok(written)
-    }
-
-    /// All tensors of the file in model order; a quantised matrix is made dense only when it is written.
-    fn entries(&mut self, options: &ExportOptions) -> Result<Vec<safetensors::Entry<'static>>> {
-        let dtype = options.dtype.unwrap_or(self.dtype());
-        let own_head = self.unties(options).then(|| self.embed.head().kept().unwrap_or(self.embed.base()).clone());
-        let mut entries = Vec::new();
-        let small = |name: String, tensor: &Tensor| {
-            let tensor = tensor.clone();
-            let shape = tensor.dims().to_vec();
-            safetensors::Entry { name, dtype, shape, values: Box::new(move || Ok(tensor)) }
-        };
-        self.walk(&mut |module| {
-            let path = module.path().to_owned();
-            match module {
-                ModuleMut::Linear(linear) => {
-                    let base = linear.base().clone();
-                    let turned = linear.transposed_on_disk();
-                    let (d_out, d_in) = (base.d_out(), base.d_in());
-                    let shape = if turned { vec![d_in, d_out] } else { vec![d_out, d_in] };
-                    let values = Box::new(move || {
-                        let weight = base.dequantize(dtype)?;
-                        Ok(if turned { weight.t()?.contiguous()? } else { weight })
-                    });
-                    entries.push(safetensors::Entry { name: format!("{path}.weight"), dtype, shape, values });
-                    if let Some(bias) = linear.bias() {
-                        entries.push(small(format!("{path}.bias"), bias.frozen()));
-                    }
-                }
-                ModuleMut::Norm(norm) => {
-                    entries.push(small(format!("{path}.weight"), norm.weight().frozen()));
-                    if let Some(bias) = norm.bias() {
-                        entries.push(small(format!("{path}.bias"), bias.frozen()));
-                    }
-                }
-                ModuleMut::Embedding(embedding) => {
-                    entries.push(small(format!("{path}.weight"), embedding.weight().frozen()));
-                }
-            }
-            Ok(())
-        })?;
-        if let Some(head) = own_head {
-            let shape = vec![head.d_out(), head.d_in()];
-            let name = format!("{}.weight", self.config.names.head);
-            let values = Box::new(move || Ok(head.dequantize(dtype)?));
-            entries.push(safetensors::Entry { name, dtype, shape, values });
-        }
-        Ok(entries)
     }
 }

@@ -14,6 +14,7 @@ pub mod context;
 mod decoder;
 pub mod error;
 pub mod export;
+pub mod freed;
 mod fused;
 mod head;
 #[cfg(feature = "hub")]
@@ -22,14 +23,18 @@ pub mod input;
 mod load;
 pub mod seedling;
 pub mod source;
+pub mod streamed;
 mod transformer;
+mod weight_files;
 
 pub use block::{BlockPass, FlatGradients};
 pub use cache::KvCache;
 pub use config::ModelConfig;
+pub use context::Context;
 pub use error::{Error, Result};
 pub use espalier_kernels::decode::Decoder;
 pub use input::TokenBatch;
 pub use load::Provenance;
 pub use source::{LoadOptions, Quantization};
+pub use streamed::{Stage, Streamed};
 pub use transformer::Model;

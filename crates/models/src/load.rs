@@ -68,20 +68,9 @@ impl Model {
     /// # Errors
     /// If the architecture is not supported, a file is malformed, or tensors and architecture do not match one to one.
     pub fn load(path: &Path, options: &LoadOptions) -> Result<Self> {
-        if path.is_file() && path.extension().is_some_and(|e| e == "gguf") {
-            let (config, mut source) = gguf::open(path)?;
-            let model = Self::build(config, &mut source, options, Provenance::new(Origin::Gguf(path.to_owned())))?;
-            check_used(&source, &model.config)?;
-            return Ok(model);
-        }
-        if !path.is_dir() {
-            return Err(Error::NotAModel { path: path.to_owned(), message: "no such model folder".into() });
-        }
-        let config = ModelConfig::read(path)?;
-        let files = WeightFiles::open(path)?;
-        let mut source = FolderSource::new(files.clone(), config.names.base);
-        let model = Self::build(config, &mut source, options, Provenance::new(Origin::Folder(files)))?;
-        check_used(&source, &model.config)?;
+        let (config, mut source, provenance) = open_source(path)?;
+        let model = Self::build(config, source.as_mut(), options, provenance)?;
+        check_used(source.as_ref(), &model.config)?;
         Ok(model)
     }
 
@@ -101,8 +90,23 @@ impl Model {
     }
 }
 
+/// The architecture at `path` and its weights, which are not read yet.
+pub(crate) fn open_source(path: &Path) -> Result<(ModelConfig, Box<dyn WeightSource>, Provenance)> {
+    if path.is_file() && path.extension().is_some_and(|e| e == "gguf") {
+        let (config, source) = gguf::open(path)?;
+        return Ok((config, Box::new(source), Provenance::new(Origin::Gguf(path.to_owned()))));
+    }
+    if !path.is_dir() {
+        return Err(Error::NotAModel { path: path.to_owned(), message: "no such model folder".into() });
+    }
+    let config = ModelConfig::read(path)?;
+    let files = WeightFiles::open(path)?;
+    let source = FolderSource::new(files.clone(), config.names.base);
+    Ok((config, Box::new(source), Provenance::new(Origin::Folder(files))))
+}
+
 /// Every tensor of the source used, every one the architecture needs there.
-fn check_used(source: &dyn WeightSource, config: &ModelConfig) -> Result<()> {
+pub(crate) fn check_used(source: &dyn WeightSource, config: &ModelConfig) -> Result<()> {
     let classifier = config.head != HeadSpec::Causal;
     // Heads of another task, which a classifier built on the same body leaves aside; and a tied head stored twice.
     let aside = |name: &String| {

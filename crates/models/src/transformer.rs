@@ -1,6 +1,8 @@
 //! The transformer: token vectors, blocks, final norm and head. One for all families; the switches are in
 //! [`ModelConfig`]. It runs whole ([`Model::forward`]) or block by block, which is how training keeps only what it needs.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::module::{GgufName, Norm};
 use espalier_adapters::{Embedding, Flow, Host, ModuleMut};
@@ -262,7 +264,14 @@ impl Model {
     /// # Errors
     /// If the input does not fit the model.
     pub fn forward(&self, input: &TokenBatch, flow: &Flow) -> Result<Tensor> {
-        let hidden = self.hidden(input, flow)?;
+        self.outputs(&self.hidden(input, flow)?, flow)
+    }
+
+    /// Scores of finished vectors [b, t, hidden]: [b, t, vocabulary], or [b, labels] for a classifier.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn outputs(&self, hidden: &Tensor, flow: &Flow) -> Result<Tensor> {
         let (b, t, h) = hidden.dims3()?;
         if self.config.labels().is_some() {
             return self.scores(&hidden.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?, flow);
@@ -330,6 +339,10 @@ impl Host for Model {
 
     fn is_rounded(&self) -> bool {
         self.provenance.is_gguf()
+    }
+
+    fn settings(&self) -> BTreeMap<String, String> {
+        self.config.settings()
     }
 
     fn base_hash(&self) -> espalier_adapters::Result<String> {

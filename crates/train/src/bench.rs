@@ -16,8 +16,9 @@ use rand::Rng;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::dynamics::adamw::{AdamW, AdamWStep};
+use crate::dynamics::{Fit, Moving, Rates};
 use crate::objective::{Objective, causal::Causal};
+use crate::optimizer::Optimizer;
 use crate::tape::{self, Gradients, Start};
 use crate::{Error, Recipe, Result, memory, setup};
 
@@ -40,6 +41,10 @@ pub struct Shape {
     pub rank: usize,
     /// Method of the adapter.
     pub method: String,
+    /// Keys of its `[adapter]` table beside rank and alpha, as TOML.
+    pub adapter: String,
+    /// Keys of the `[dynamics]` table, as TOML; empty: plain training.
+    pub dynamics: String,
     /// Device.
     pub device: String,
     /// Dtype of activations and frozen weights.
@@ -54,6 +59,7 @@ pub struct TrainReport {
     pub device: String,
     pub dtype: String,
     pub method: String,
+    pub dynamics: String,
     pub dora: bool,
     pub checkpointing: bool,
     pub hidden: usize,
@@ -122,12 +128,29 @@ fn prepare(shape: &Shape, positions: usize) -> Result<Setup> {
     Ok(Setup { model, set })
 }
 
+/// The recipe of a benchmark's step.
+fn recipe(shape: &Shape) -> Result<Recipe> {
+    let table =
+        |key: &str, text: &str| text.parse::<toml::Table>().map_err(|e| Error::recipe(key, e.message().to_owned()));
+    let mut adapter = table("adapter", &shape.adapter)?;
+    adapter.insert("method".into(), shape.method.clone().into());
+    let dynamics = table("dynamics", &shape.dynamics)?;
+    let base = Recipe { lr: 1e-4, weight_decay: 0.01, ..Recipe::default() };
+    let with = |ranked: bool| {
+        let mut adapter = adapter.clone();
+        if ranked {
+            adapter.entry("r").or_insert((shape.rank as i64).into());
+            adapter.entry("alpha").or_insert((2.0 * shape.rank as f64).into());
+        }
+        Recipe { adapter, dynamics: dynamics.clone(), ..base.clone() }
+    };
+    // Methods without a rank have no such keys.
+    let ranked = with(true);
+    Ok(if ranked.adapter_config().is_ok() { ranked } else { with(false) })
+}
+
 fn adapter(model: &mut Model, shape: &Shape, seed: u64) -> Result<Attached> {
-    let mut table = toml::Table::new();
-    table.insert("method".into(), shape.method.clone().into());
-    table.insert("r".into(), (shape.rank as i64).into());
-    table.insert("alpha".into(), (2.0 * shape.rank as f64).into());
-    let config = Recipe { adapter: table, ..Recipe::default() }.adapter_config()?;
+    let config = recipe(shape)?.adapter_config()?;
     let device = model.device().clone();
     Ok(attach(model, &config, Origin::Seed(seed), DType::F32, &device)?)
 }
@@ -190,8 +213,15 @@ pub fn train(
     if shape.rank == 0 || steps == 0 || seq < 2 {
         return Err(Error::recipe("bench", "the rank and the steps must be at least 1, the length at least 2"));
     }
-    let Setup { model, set } = prepare(shape, seq)?;
-    let parameters = set.get("bench")?.parameters.clone();
+    let recipe = recipe(shape)?;
+    let Setup { mut model, mut set } = prepare(shape, seq)?;
+    let mut attached = set.remove(&mut model, "bench")?;
+    let config = recipe.dynamics_config()?;
+    let fitted = config.fit(&mut Fit { recipe: &recipe, model: &mut model, attached: &attached })?;
+    attached.parameters.train_only(|p| fitted.trains(p));
+    let parameters = attached.parameters.clone();
+    set.add("bench", attached)?;
+    set.activate(&mut model, &[("bench", 1.0)])?;
     let ids = tokens(batch * seq, shape.vocab);
     let data = Batch {
         rows: batch,
@@ -204,20 +234,41 @@ pub fn train(
     };
     let targets = Causal.targets(&data)?;
     let variables = parameters.trainable().map(|p| Ok((p.name.clone(), p.var()?))).collect::<Result<Vec<_>>>()?;
-    let count = variables.len();
-    let mut optimizer = AdamW::new(variables, vec![1.0; count])?;
-    let settings = AdamWStep { lr: 1e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+    let attached = set.get("bench")?;
+    let mut dynamics = config.fit(&mut Fit { recipe: &recipe, model: &mut model, attached })?;
+    let factors = parameters.trainable().map(|p| dynamics.factor(p)).collect();
+    let mut optimizer = Optimizer::new(&recipe, variables, factors)?;
     let mut gradients = Gradients::new(&parameters);
-    let start = Start::of(&model, &parameters);
+    let total = warmup + steps;
+    macro_rules! moving {
+        ($step:expr) => {
+            &mut Moving {
+                model: &mut model,
+                attached,
+                parameters: &parameters,
+                optimizer: &mut optimizer,
+                step: $step,
+                total,
+                seed: 0,
+            }
+        };
+    }
+    dynamics.begin(moving!(0))?;
+    dynamics.enter(moving!(0))?;
     let (mut times, mut losses, mut first, mut early_peak_mib) = (Vec::new(), Vec::new(), 0.0, 0);
     let tenth = (steps - 1) / 10;
     for i in 0..warmup + steps {
         let began = Instant::now();
         gradients.clear();
+        dynamics.before(moving!(i))?;
+        let start = Start::of(&model, &parameters, |p| dynamics.asleep(p).is_none());
         let scale = 1.0 / targets.weight() as f64;
-        let flow = Flow::train(0, i as u64, 0);
+        let flow = dynamics.flow(Flow::train(0, i as u64, 0), i, 0);
         let loss = tape::accumulate(&model, &data, &targets, &flow, start, (scale, checkpointing), &mut gradients)?;
-        optimizer.step(gradients.sums(), 1.0, settings)?;
+        let rates = Rates { lr: recipe.lr * dynamics.rate(i), scale: 1.0 };
+        dynamics.gradients(moving!(i), gradients.sums_mut(), rates)?;
+        dynamics.update(moving!(i), gradients.sums(), rates)?;
+        dynamics.after(moving!(i + 1))?;
         losses.push(loss.value()? * scale);
         model.device().synchronize()?;
         if i == 0 {
@@ -246,6 +297,7 @@ pub fn train(
         device: shape.device.clone(),
         dtype: shape.dtype.clone(),
         method: shape.method.clone(),
+        dynamics: config.name().to_owned(),
         dora: shape.method == "dora",
         checkpointing,
         hidden: shape.hidden,

@@ -1,6 +1,7 @@
 //! Checkpoints: everything a run needs to go on to the same bits.
 //!
-//! A checkpoint is a folder `step-NNNNNN` with the trained parameters, the optimiser's moments and a small JSON state. All
+//! A checkpoint is a folder `step-NNNNNN` with the trained parameters, what the optimiser and, where there is something, the
+//! dynamics keep, and a small JSON state. All
 //! random numbers and batches are functions of (seed, step), so no generator state is stored. The folder appears whole
 //! or not at all.
 
@@ -12,13 +13,16 @@ use espalier_adapters::ParameterMap;
 use espalier_adapters::formats::{atomic, safetensors};
 use serde::{Deserialize, Serialize};
 
-use crate::dynamics::adamw::AdamW;
+use crate::dynamics::{Dynamics, Moving};
 use crate::identity::Identity;
 use crate::live::Liveness;
+use crate::optimizer::Optimizer;
 use crate::{Error, Result};
 
 const PARAMETERS: &str = "parameters.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
+/// Name of the file with the moments of AdamW: `m.NAME` and `v.NAME` of every trained tensor.
+pub const OPTIMIZER: &str = "optimizer.safetensors";
+const DYNAMICS: &str = "dynamics.safetensors";
 const STATE: &str = "state.json";
 
 /// Where a run stands after a step.
@@ -50,8 +54,20 @@ pub struct State {
     /// What the watch over the first steps of the last start found.
     #[serde(default)]
     pub live: Option<Liveness>,
+    /// Tensors that the optimiser and the dynamics kept; None in checkpoints of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Counts>,
     /// What the run is made of: its recipe, its data's key and its base's hash.
     pub identity: Identity,
+}
+
+/// How many tensors a checkpoint holds beside the parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Of the optimiser.
+    pub optimizer: usize,
+    /// Of the dynamics.
+    pub dynamics: usize,
 }
 
 /// The best evaluation of a run.
@@ -98,15 +114,29 @@ pub fn list(folder: &Path) -> Vec<(usize, PathBuf)> {
 ///
 /// # Errors
 /// If it cannot be written; earlier checkpoints are whole then.
-pub fn save(folder: &Path, state: &State, parameters: &ParameterMap, optimizer: &AdamW) -> Result<PathBuf> {
+pub fn save(
+    folder: &Path,
+    state: &State,
+    parameters: &ParameterMap,
+    optimizer: &Optimizer,
+    dynamics: &dyn Dynamics,
+) -> Result<PathBuf> {
     let path = folder.join(folder_name(state.step));
+    let (kept, own) = (optimizer.state()?, dynamics.state()?);
+    let counts = Counts { optimizer: kept.len(), dynamics: own.len() };
+    let state = State { kept: Some(counts), ..state.clone() };
+    let entries = |tensors: &BTreeMap<String, Tensor>| {
+        tensors.iter().map(|(n, t)| safetensors::Entry::of(n.clone(), t)).collect::<Vec<_>>()
+    };
     atomic::replace_folder(&path, |temp| -> Result<()> {
-        let entries =
+        let trained =
             parameters.trainable().map(|p| safetensors::Entry::of(p.name.clone(), &p.tensor.detach())).collect();
-        safetensors::write(&temp.join(PARAMETERS), entries, &BTreeMap::new())?;
-        let entries = optimizer.state().iter().map(|(n, t)| safetensors::Entry::of(n.clone(), t)).collect();
-        safetensors::write(&temp.join(OPTIMIZER), entries, &BTreeMap::new())?;
-        let json = serde_json::to_string_pretty(state).map_err(|e| Error::run(&path, e.to_string()))?;
+        safetensors::write(&temp.join(PARAMETERS), trained, &BTreeMap::new())?;
+        safetensors::write(&temp.join(OPTIMIZER), entries(&kept), &BTreeMap::new())?;
+        if !own.is_empty() {
+            safetensors::write(&temp.join(DYNAMICS), entries(&own), &BTreeMap::new())?;
+        }
+        let json = serde_json::to_string_pretty(&state).map_err(|e| Error::run(&path, e.to_string()))?;
         atomic::write(&temp.join(STATE), |out| writeln!(out, "{json}"))?;
         Ok(())
     })?;
@@ -129,7 +159,7 @@ pub fn read_state(path: &Path) -> Result<State> {
 /// If a tensor is missing, left over, or has another shape.
 pub fn restore_parameters(path: &Path, parameters: &ParameterMap) -> Result<()> {
     let file = path.join(PARAMETERS);
-    let mut tensors = safetensors::MappedFile::open(&file)?.load_all(&Device::Cpu)?;
+    let mut tensors = safetensors::TensorFile::open(&file)?.load_all(&Device::Cpu)?;
     for parameter in parameters.trainable() {
         let saved = tensors
             .remove(&parameter.name)
@@ -147,17 +177,45 @@ pub fn restore_parameters(path: &Path, parameters: &ParameterMap) -> Result<()> 
     }
 }
 
-/// Puts a whole checkpoint back: parameters, moments, state.
+/// The tensors of `file`, of which there must be `count` where that is known.
+fn tensors(file: &Path, count: Option<usize>) -> Result<BTreeMap<String, Tensor>> {
+    let found: BTreeMap<String, Tensor> = match count {
+        Some(0) | None if !file.is_file() => BTreeMap::new(),
+        _ => safetensors::TensorFile::open(file)?.load_all(&Device::Cpu)?,
+    };
+    match count {
+        Some(count) if count != found.len() => {
+            Err(Error::run(file, format!("holds {} tensors, {count} were written", found.len())))
+        }
+        _ => Ok(found),
+    }
+}
+
+/// Puts back what a checkpoint says of the model: the trained parameters, and what the dynamics keeps.
+///
+/// # Errors
+/// As [`restore`].
+pub fn restore_values(path: &Path, dynamics: &mut dyn Dynamics, moving: &mut Moving<'_>) -> Result<()> {
+    let counts = read_state(path)?.kept;
+    restore_parameters(path, moving.parameters)?;
+    dynamics.restore(tensors(&path.join(DYNAMICS), counts.map(|c| c.dynamics))?, moving)
+}
+
+/// Puts a whole checkpoint back: parameters, what optimiser and dynamics keep, state.
 ///
 /// # Errors
 /// If a file is missing, malformed, or does not fit this run.
-pub fn restore(path: &Path, parameters: &ParameterMap, optimizer: &mut AdamW) -> Result<State> {
+pub fn restore(path: &Path, dynamics: &mut dyn Dynamics, moving: &mut Moving<'_>) -> Result<State> {
     let state = read_state(path)?;
-    restore_parameters(path, parameters)?;
-    let moments: BTreeMap<String, Tensor> =
-        safetensors::MappedFile::open(&path.join(OPTIMIZER))?.load_all(&Device::Cpu)?;
-    let moments = moments.into_iter().map(|(n, t)| Ok((n, t.to_dtype(DType::F32)?))).collect::<Result<_>>()?;
-    optimizer.restore(moments, state.step)?;
+    let file = path.join(OPTIMIZER);
+    let kept = match state.kept {
+        Some(counts) => tensors(&file, Some(counts.optimizer))?,
+        None => safetensors::TensorFile::open(&file)?.load_all(&Device::Cpu)?,
+    };
+    let kept = kept.into_iter().map(|(n, t)| Ok((n, t.to_dtype(DType::F32)?))).collect::<Result<_>>()?;
+    moving.optimizer.restore(kept, state.step, &dynamics.own())?;
+    moving.step = state.step;
+    restore_values(path, dynamics, moving)?;
     Ok(state)
 }
 

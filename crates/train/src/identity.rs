@@ -7,11 +7,12 @@ use std::path::Path;
 use candle_core::DeviceLocation;
 use espalier_adapters::Host;
 use espalier_adapters::formats::folder::{CONFIG_FILE, WEIGHTS_FILE};
-use espalier_adapters::formats::{hash, safetensors::MappedFile};
+use espalier_adapters::formats::{hash, safetensors::TensorFile};
 use espalier_models::Model;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::recipe::Recipe;
 use crate::trainer::Run;
 use crate::{Error, Result};
 
@@ -48,9 +49,35 @@ pub struct Machine {
     pub version: String,
 }
 
-/// Keys that may differ when a run goes on, because they do not change what is computed.
-const FREE: &[&str] =
-    &["out", "save_every", "keep_checkpoints", "cache_dir", "tags", "checkpointing", "device", "allow_base"];
+/// Keys that may differ when a run goes on, because they do not change what is computed, each with the reason.
+const FREE: &[(&str, &str)] = &[
+    ("out", "the folder itself is what the run goes on in"),
+    ("save_every", "a checkpoint changes nothing of what follows it"),
+    ("keep_checkpoints", "a checkpoint changes nothing of what follows it"),
+    ("cache_dir", "the tokens are compared, wherever they are kept"),
+    ("tags", "they stand in the model card only"),
+    ("checkpointing", "blocks that are recomputed give the same bits"),
+    ("device", "the dtype in use is compared; another device is said, as bits may differ there"),
+    ("allow_base", "the base is compared by its content"),
+];
+
+/// Keys in place of which what they stood for is compared.
+const RESOLVED: [&str; 2] = ["dtype", "init_adapter"];
+
+/// Why a recipe key may differ when a run goes on; None if it may not.
+pub fn why_free(key: &str) -> Option<&'static str> {
+    FREE.iter().find(|(free, _)| *free == key).map(|(_, why)| *why)
+}
+
+/// Whether what a recipe key stands for is compared in place of its value.
+pub fn is_resolved(key: &str) -> bool {
+    RESOLVED.contains(&key)
+}
+
+/// Whether a key of a `config.json` says nothing about what the model computes.
+pub fn without_meaning(key: &str) -> bool {
+    WITHOUT_MEANING.contains(&key)
+}
 
 /// Keys of a `config.json` that say nothing about what the model computes.
 const WITHOUT_MEANING: &[&str] = &[
@@ -65,16 +92,24 @@ const WITHOUT_MEANING: &[&str] = &[
     "return_dict",
 ];
 
+/// Keys that recipes no longer have, with the values they had where nothing else was said.
+const RETIRED: &[(&str, &str)] = &[("lora_plus_ratio", "1.0")];
+
+/// A recipe's values by key.
+fn recipe_values(recipe: &Recipe) -> Result<BTreeMap<String, String>> {
+    let table = toml::Table::try_from(recipe).map_err(|e| Error::recipe("recipe", e.to_string()))?;
+    Ok(table.into_iter().map(|(k, v)| (k, v.to_string())).collect())
+}
+
 impl Identity {
     /// What `run` is made of.
     ///
     /// # Errors
     /// If the recipe cannot be written out, or the base or the start adapter cannot be read.
     pub fn of(run: &Run) -> Result<Self> {
-        let table = toml::Table::try_from(&run.recipe).map_err(|e| Error::recipe("recipe", e.to_string()))?;
         let start = run.recipe.init_adapter.as_deref().map(|path| adapter_hash(Path::new(path))).transpose()?;
         Ok(Self {
-            recipe: table.into_iter().map(|(k, v)| (k, v.to_string())).collect(),
+            recipe: recipe_values(&run.recipe)?,
             data: run.data.key.clone(),
             base: run.model.base_hash()?,
             config: Some(config(&run.model)),
@@ -83,9 +118,11 @@ impl Identity {
         })
     }
 
-    /// Differences that would change what is computed, one line each.
+    /// Differences that would change what is computed, one line each. A key that one side does not know had its default there.
     pub fn changes(&self, now: &Self) -> Vec<String> {
         let mut lines = Vec::new();
+        let mut defaults = recipe_values(&Recipe::default()).unwrap_or_default();
+        defaults.extend(RETIRED.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let absent = "(absent)".to_owned();
         let keys = |a: &BTreeMap<String, String>, b: &BTreeMap<String, String>| {
             let mut keys: Vec<String> = a.keys().chain(b.keys()).cloned().collect();
@@ -95,16 +132,18 @@ impl Identity {
         };
         let mut differ = |what: &str, old: &BTreeMap<String, String>, new: &BTreeMap<String, String>, free: &[&str]| {
             for key in keys(old, new).iter().filter(|key| !free.contains(&key.as_str())) {
-                let (old, new) = (old.get(key).unwrap_or(&absent), new.get(key).unwrap_or(&absent));
+                let unknown = if what == "recipe" { defaults.get(key).unwrap_or(&absent) } else { &absent };
+                let (old, new) = (old.get(key).unwrap_or(unknown), new.get(key).unwrap_or(unknown));
                 if old != new {
                     lines.push(format!("  {what} {key}: was {old}, now {new}"));
                 }
             }
         };
         // Where both sides say what a name stood for, that is compared in place of the name.
-        let mut free = FREE.to_vec();
-        free.extend((self.machine.is_some() && now.machine.is_some()).then_some("dtype"));
-        free.extend((self.init_adapter.is_some() && now.init_adapter.is_some()).then_some("init_adapter"));
+        let mut free: Vec<&str> = FREE.iter().map(|(key, _)| *key).collect();
+        let [dtype, start] = RESOLVED;
+        free.extend((self.machine.is_some() && now.machine.is_some()).then_some(dtype));
+        free.extend((self.init_adapter.is_some() && now.init_adapter.is_some()).then_some(start));
         differ("recipe", &self.recipe, &now.recipe, &free);
         if let (Some(old), Some(new)) = (&self.config, &now.config) {
             differ("base model's config", old, new, &[]);
@@ -191,7 +230,7 @@ impl Machine {
 /// What a `config.json`, or the keys made of a GGUF file's metadata, says of the architecture.
 fn config(model: &Model) -> BTreeMap<String, String> {
     let keys = model.config().raw.as_object().into_iter().flatten();
-    keys.filter(|(key, value)| !value.is_null() && !WITHOUT_MEANING.contains(&key.as_str()))
+    keys.filter(|(key, value)| !value.is_null() && !without_meaning(key))
         .map(|(key, value)| (key.clone(), sorted(value).to_string()))
         .collect()
 }
@@ -217,6 +256,6 @@ fn adapter_hash(folder: &Path) -> Result<String> {
     let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
     let settings: Value =
         serde_json::from_str(&text).map_err(|e| Error::recipe(file.display().to_string(), e.to_string()))?;
-    let tensors = hash::of_files(&[MappedFile::open(&folder.join(WEIGHTS_FILE))?])?;
+    let tensors = hash::of_files(&[TensorFile::open(&folder.join(WEIGHTS_FILE))?])?;
     Ok(hash::of_parts([sorted(&settings).to_string().as_bytes(), tensors.as_bytes()].into_iter()))
 }

@@ -1,4 +1,4 @@
-//! Training: recipes, the loop, objectives, dynamics, checkpoints and run folders.
+//! Training: recipes, the loop, objectives, optimisers, dynamics, checkpoints and run folders.
 //!
 //! [`recipe::Recipe`] says everything about a run; [`trainer::Run`] is the run; [`session`] runs it in a run folder. The
 //! trainer names neither a method nor a model: it moves the parameters of a [`espalier_adapters::ParameterMap`].
@@ -7,20 +7,30 @@ pub mod bench;
 pub mod checkpoint;
 pub mod dynamics;
 pub mod error;
+pub mod evidence;
 pub mod export;
+pub mod gain;
+mod gradients;
 pub mod identity;
+pub mod kept;
 pub mod live;
 pub mod memory;
 pub mod merge;
+pub mod moved_base;
 pub mod objective;
 pub mod observer;
+pub mod optimizer;
+pub mod pairs;
 pub mod plan;
+pub mod pool;
 pub mod quickstart;
 pub mod recipe;
 pub mod reload;
+pub mod resident;
 pub mod run;
 pub mod session;
 pub mod setup;
+pub mod small;
 pub mod tape;
 pub mod trainer;
 mod training;

@@ -184,18 +184,19 @@ impl Watch {
     }
 
     /// What was found, once: when the steps watched are taken, or at the `end` of fewer; None before, after, and without a step.
+    /// `still` says why the `i`-th tensor may stand still, beside the reasons known here.
     ///
     /// # Errors
     /// [`Error::NotTrained`] if a tensor stands still without a reason, or is not finite.
-    pub(crate) fn found(&mut self, end: bool) -> Result<Option<Liveness>> {
+    pub(crate) fn found(&mut self, end: bool, still: &dyn Fn(usize) -> Option<String>) -> Result<Option<Liveness>> {
         if self.done || self.steps == 0 || (self.steps < WATCHED && !end) {
             return Ok(None);
         }
         self.done = true;
-        self.check().map(Some)
+        self.check(still).map(Some)
     }
 
-    fn check(&self) -> Result<Liveness> {
+    fn check(&self, still: &dyn Fn(usize) -> Option<String>) -> Result<Liveness> {
         let looks = Look::at_all(&self.entries.iter().map(|e| &e.tensor).collect::<Vec<_>>())?;
         let mut found = Liveness { steps: self.steps, tensors: self.entries.len(), moved: 0, still: Vec::new() };
         let mut faults = Vec::new();
@@ -204,7 +205,7 @@ impl Watch {
                 faults.push(format!("  {}: holds NaN or infinity", entry.name));
             } else if entry.gradient > 0.0 && look.bits != entry.start.bits {
                 found.moved += 1;
-            } else if let Some(reason) = self.reason(i, look) {
+            } else if let Some(reason) = still(i).or_else(|| self.reason(i, look)) {
                 match found.still.iter_mut().find(|s| s.reason == reason) {
                     Some(still) => still.tensors.push(entry.name.clone()),
                     None => found.still.push(Still { reason, tensors: vec![entry.name.clone()] }),
@@ -240,7 +241,7 @@ impl Watch {
         let partner = match entry.role {
             Role::Down => self.entries.get(i + 1).filter(|e| e.role == Role::Up),
             Role::Up => i.checked_sub(1).and_then(|i| self.entries.get(i)).filter(|e| e.role == Role::Down),
-            Role::Other => None,
+            Role::Gate | Role::Other => None,
         };
         let behind_zero = self.effective == 0 && partner.is_some_and(|p| p.start.largest == 0.0);
         behind_zero.then(|| "the other factor of its product was 0 until the last step".into())

@@ -56,6 +56,8 @@ pub struct Plan {
     pub base_note: Option<String>,
     /// Method of the adapter.
     pub method: String,
+    /// How the parameters move.
+    pub dynamics: &'static str,
     /// Adapted modules.
     pub sites: Vec<SitePlan>,
     /// Patterns and how many modules each matched.
@@ -86,6 +88,7 @@ impl Run {
     pub fn plan(&mut self, rows: usize) -> Result<Plan> {
         use espalier_adapters::{Host, ModuleMut};
         let attached = self.adapters.get(&self.name)?;
+        let dynamics = self.recipe.dynamics_config()?.name();
         let own = |path: &str| -> usize {
             let inside = |n: &str| n.strip_prefix(path).is_some_and(|r| r.starts_with('.'));
             attached.parameters.trainable().filter(|p| inside(&p.name)).map(|p| p.tensor.elem_count()).sum()
@@ -101,7 +104,8 @@ impl Run {
         dense
             .extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
         let method = attached.config.method.name().to_owned();
-        let base_note = crate::setup::base_note(attached, &self.model, &self.recipe.model);
+        let (base, path) = ((attached.base, &attached.config), self.model.provenance().path());
+        let base_note = crate::setup::base_note(base, self.model.config(), path, &self.recipe.model);
         let trainable_parameters = attached.parameters.trainable_count();
         let mut storage = std::collections::BTreeMap::new();
         let mut base_parameters = 0;
@@ -124,8 +128,7 @@ impl Run {
         let data: Vec<SourcePlan> = self.data.reports.iter().map(source).collect();
         let (tokens, trained) =
             data.iter().fold((0, 0), |(t, l), s| (t + s.report.tokens, l + s.report.trained_tokens));
-        let longest = self.data.stores.iter().flat_map(|s| s.lengths()).max().unwrap_or(0);
-        let memory = memory::estimate(&self.recipe, &mut self.model, &self.parameters, longest)?;
+        let memory = memory::estimate(self)?;
         Ok(Plan {
             family: self.model.config().family.clone(),
             base_parameters,
@@ -134,6 +137,7 @@ impl Run {
             storage,
             base_note,
             method,
+            dynamics,
             sites,
             patterns,
             dense,

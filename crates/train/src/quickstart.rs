@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use candle_core::DType;
 use espalier_adapters::formats::folder;
+use espalier_adapters::formats::piecewise::{Piece, Piecewise};
 use espalier_data::synthetic::{self, Generator, QUICKSTART_SKILL, Split};
 use espalier_data::{Message, Row};
 use espalier_infer::{GenerateOptions, end_ids, eval};
-use espalier_models::{LoadOptions, Model};
+use espalier_models::{LoadOptions, Model, Streamed};
 use serde::Serialize;
 
 use crate::merge::{self, WriteOptions};
@@ -88,6 +89,29 @@ pub fn recipe(data: &Path, out: &Path, steps: usize) -> Recipe {
     }
 }
 
+/// Writes the training rows into `out` and prepares the run that learns from them there.
+///
+/// # Errors
+/// If a file cannot be written, or the run cannot be prepared.
+pub fn prepare(out: &Path, size: Size) -> Result<Run> {
+    std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+    let data = out.join("train.jsonl");
+    synthetic::write_corpus(&data, size.rows as u64, 1, Split::Train, QUICKSTART_SKILL)
+        .map_err(|e| Error::io(&data, e))?;
+    Run::prepare(recipe(&data, out, size.steps))
+}
+
+/// The unseen rows, to compare models on.
+///
+/// # Errors
+/// If a row cannot be encoded.
+pub fn probe(run: &Run, count: usize) -> Result<Probe> {
+    let rows = test_rows(count)?;
+    let encode = |row| run.codec.encode(row).map_err(|e| Error::recipe("quickstart", e.to_string()));
+    let examples = rows.iter().map(encode).collect::<Result<Vec<_>>>()?;
+    Probe::of_examples(run.model.config(), examples, &format!("the skill `{}`", QUICKSTART_SKILL.name()))
+}
+
 fn test_rows(count: usize) -> Result<Vec<Row>> {
     let generator = Generator::of(QUICKSTART_SKILL, 1, Split::Test);
     (0..count as u64)
@@ -127,11 +151,7 @@ pub fn quickstart(
     stop: &AtomicBool,
 ) -> Result<Quickstart> {
     let began = Instant::now();
-    std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
-    let data = out.join("train.jsonl");
-    synthetic::write_corpus(&data, size.rows as u64, 1, Split::Train, QUICKSTART_SKILL)
-        .map_err(|e| Error::io(&data, e))?;
-    let mut run = Run::prepare(recipe(&data, out, size.steps))?;
+    let mut run = prepare(out, size)?;
     let plan = run.plan(0)?;
     let rows = test_rows(size.test_rows)?;
     say(&format!(
@@ -148,8 +168,13 @@ pub fn quickstart(
         plan.trainable_parameters,
         plan.base_parameters
     ));
-    let options =
-        SessionOptions { scope: Scope::Adapter, resume: false, overwrite: true, command: "espalier quickstart".into() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume: false,
+        overwrite: true,
+        allow_memory: false,
+        command: "espalier quickstart".into(),
+    };
     let session = session::run(&mut run, &plan, &options, observer, stop)?;
     let adapter = session.adapter.ok_or_else(|| Error::run(out, "no adapter was written"))?;
     say("3/5 asking again with the adapter");
@@ -168,15 +193,19 @@ pub fn quickstart(
     let reload_agrees = answers(&score(&fresh, &run, few)?) == answers(&score(&run.model, &run, few)?);
     say("5/5 merging the adapter into the base, saving, and asking the saved model");
     let merged_path = out.join("merged");
-    let probe = Probe::made(&fresh, &run.codec, &adapters)?;
+    let load = LoadOptions { dtype: fresh.dtype(), device, ..LoadOptions::cpu() };
+    drop(fresh);
+    let mut base = Streamed::open(&path, &load)?;
+    let mut pieces = Piecewise::new();
+    pieces.add(Piece::open(base.host(), ("saved", &adapter, 1.0), None, false)?)?;
+    let probe = Probe::made(base.config(), &run.codec, &pieces.trained_tokens())?;
     let options = WriteOptions {
         base: run.recipe.model.clone(),
         command: "espalier quickstart".into(),
-        ..WriteOptions::new(&fresh)
+        ..WriteOptions::new(&load)
     };
-    let merged = merge::merge_into_folder(&mut fresh, &mut adapters, &merged_path, &options, &probe)?;
-    let options = LoadOptions { dtype: fresh.dtype(), device, ..LoadOptions::cpu() };
-    let saved = Model::load(&merged_path, &options)?;
+    let merged = merge::merge_into_folder(&mut base, &pieces, &merged_path, &options, &probe)?;
+    let saved = Model::load(&merged_path, &load)?;
     let accuracy_merged = score(&saved, &run, &rows)?.accuracy;
     let result = Quickstart {
         skill: QUICKSTART_SKILL.name().to_owned(),

@@ -1,14 +1,17 @@
 //! A run in its folder: recipe, metrics, TensorBoard, checkpoints, report and the adapter or model that comes out.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use espalier_adapters::Host;
-use espalier_adapters::formats::{atomic, folder};
-use espalier_models::export::{ExportOptions, copy_companions};
+use espalier_adapters::formats::{atomic, folder, safetensors};
+use espalier_models::LoadOptions;
+use espalier_models::export::copy_companions;
 use serde::Serialize;
 
 use crate::checkpoint;
+use crate::merge::{self, WriteOptions};
 use crate::observer::Observer;
 use crate::plan::Plan;
 use crate::reload::{self, Reload};
@@ -19,6 +22,7 @@ use crate::run::tensorboard::EventWriter;
 use crate::run::{RunError, RunFolder};
 use crate::trainer::{Outcome, Run, Scope};
 use crate::training::Training;
+use crate::verify::Probe;
 use crate::{Error, Result};
 
 /// How a session is run.
@@ -30,6 +34,8 @@ pub struct SessionOptions {
     pub resume: bool,
     /// Begin anew in a folder that holds a run.
     pub overwrite: bool,
+    /// Run although the estimated memory is more than there is.
+    pub allow_memory: bool,
     /// The command, for the report and the model card.
     pub command: String,
 }
@@ -46,7 +52,7 @@ pub struct SessionOutcome {
     pub model: Option<PathBuf>,
     /// Tensors written.
     pub tensors: usize,
-    /// How the adapter, read back from its folder, compares with the trained one.
+    /// How what was written, read back from its folder, compares with what was trained.
     pub reload: Option<Reload>,
     /// The report.
     pub report: PathBuf,
@@ -96,8 +102,8 @@ impl Observer for Recorder<'_> {
 /// Runs `run` in its folder.
 ///
 /// # Errors
-/// If the folder holds another run, the run cannot go on from it (nothing is written then), the run fails, a file cannot be
-/// written, or the adapter read back differs from the trained one.
+/// If there is too little memory, the folder holds another run, or the run cannot go on from it (nothing is written then);
+/// if the run fails, a file cannot be written, or the adapter read back differs from the trained one.
 pub fn run(
     run: &mut Run,
     plan: &Plan,
@@ -107,7 +113,13 @@ pub fn run(
 ) -> Result<SessionOutcome> {
     let files = RunFolder::new(&run.recipe.out);
     let checkpoints = files.checkpoints();
+    let recipe = run.recipe.to_toml()?;
+    let moves_base = run.dynamics()?.moves_base();
     // Whatever can be refused is refused before anything is written.
+    if !options.allow_memory {
+        plan.memory.check()?;
+    }
+    let starts = run.starts.clone();
     let training = Training::new(run, Some(&checkpoints), options.resume)?;
     let step = training.state.step as u64;
     if options.resume || options.overwrite {
@@ -136,26 +148,35 @@ pub fn run(
         true => EventWriter::resume(files.root(), step)?,
         false => EventWriter::create(files.root())?,
     };
-    let recipe = run.recipe.to_toml()?;
+    if !starts.is_empty() && !(options.resume && files.starts().is_file()) {
+        let entries = starts.iter().map(|(name, start)| safetensors::Entry::of(name.clone(), start)).collect();
+        safetensors::write(&files.starts(), entries, &BTreeMap::new())?;
+    }
     atomic::write(&files.recipe(), |out| out.write_all(recipe.as_bytes()))?;
     let mut recorder = Recorder { metrics, events, inner: observer, notices: Vec::new() };
     let outcome = training.run(&mut recorder, stop)?;
     recorder.metrics.sync()?;
     let notices = recorder.notices;
     let (adapter, model, tensors, reload) = match options.scope {
-        Scope::Adapter => {
+        // An adapter says nothing without the base it was trained on: where that changed, the model is the result.
+        Scope::Adapter if !moves_base => {
             let (path, tensors, reload) = write_adapter(run, &files, &outcome, plan, &recipe, &options.command)?;
             (Some(path), None, tensors, Some(reload))
         }
-        Scope::WholeModel => {
-            let (path, tensors) = write_model(run, &files)?;
-            (None, Some(path), tensors, None)
+        Scope::Adapter | Scope::WholeModel => {
+            let (path, tensors, reload) = write_model(run, &files)?;
+            (None, Some(path), tensors, Some(reload))
         }
     };
     let (report, folder) = (files.report(), files.root().to_owned());
     let ended = SessionOutcome { outcome, adapter, model, tensors, reload, report, folder };
     write_report(run, &files, &ended, plan, &recipe, &options.command, &notices)?;
     Ok(ended)
+}
+
+/// What was read back, in words.
+fn read_back(ended: &SessionOutcome) -> &'static str {
+    if ended.model.is_some() { "Model read back" } else { "Adapter read back" }
 }
 
 /// Name of the folder of a model trained whole.
@@ -189,7 +210,7 @@ fn clear(files: &RunFolder) -> Result<()> {
         // Only where nothing else is in it.
         let _ = std::fs::remove_dir(path);
     }
-    for file in [files.metrics(), files.report(), files.recipe()] {
+    for file in [files.metrics(), files.report(), files.recipe(), files.starts()] {
         remove_file(file)?;
     }
     for entry in std::fs::read_dir(files.root()).into_iter().flatten().flatten() {
@@ -223,16 +244,17 @@ fn write_adapter(
     Ok((path, saved.tensors, reload))
 }
 
-fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize)> {
+fn write_model(run: &mut Run, files: &RunFolder) -> Result<(PathBuf, usize, Reload)> {
     let path = files.root().join(MODEL);
-    let dtype = run.model.dtype();
-    let merged = run.adapters.merge(&mut run.model, dtype)?;
-    let options = ExportOptions { untie: merged.unties, ..ExportOptions::default() };
-    let exported = run.model.export(&path, &options)?;
-    if let Some(tokenizer) = &run.recipe.tokenizer {
-        copy_companions(Path::new(tokenizer), &path)?;
-    }
-    Ok((path, exported.tensors))
+    let load = LoadOptions { dtype: run.model.dtype(), device: run.model.device().clone(), ..LoadOptions::cpu() };
+    let options =
+        WriteOptions { tokenizer: run.recipe.tokenizer.as_ref().map(PathBuf::from), ..WriteOptions::new(&load) };
+    let trained = run.adapters.get(&run.name)?.rows.iter().flat_map(|(_, rows)| rows.indices.clone());
+    let probe = Probe::made(run.model.config(), &run.codec, &trained.collect::<Vec<_>>())?;
+    // Read back before it takes its place: a model that says something else than the run is no result.
+    let written = merge::model_verified(&mut run.model, &path, &options, &probe)?;
+    let (max_difference, limit) = (written.comparison.max_difference, written.limit);
+    Ok((path, written.tensors, Reload { probe_tokens: probe.tokens(), max_difference, limit }))
 }
 
 fn counts(plan: &Plan) -> Vec<(String, String)> {
@@ -253,6 +275,7 @@ fn counts(plan: &Plan) -> Vec<(String, String)> {
 fn facts(outcome: &Outcome, plan: &Plan) -> Vec<(String, String)> {
     let mut facts = vec![
         ("Method".to_owned(), plan.method.clone()),
+        ("Dynamics".to_owned(), plan.dynamics.to_owned()),
         ("Adapted modules".to_owned(), plan.sites.len().to_string()),
         ("Trainable parameters".to_owned(), format!("{} of {}", plan.trainable_parameters, plan.base_parameters)),
         ("Steps".to_owned(), outcome.steps.to_string()),
@@ -330,7 +353,7 @@ fn write_report(
         page = page.notice(notice.clone());
     }
     page = page.heading("Curves").charts(curves(&records)).heading("Run").facts(facts(outcome, plan));
-    page = page.facts(ended.reload.iter().map(|reload| ("Adapter read back", reload.to_string())));
+    page = page.facts(ended.reload.iter().map(|reload| (read_back(ended), reload.to_string())));
     page = page.heading("Data").facts(counts(plan));
     page = page.heading("Sites").table(
         "Adapted modules",

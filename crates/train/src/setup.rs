@@ -1,10 +1,12 @@
 //! From a recipe to everything a run needs: device, model, tokenizer, data, adapter.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
-use espalier_adapters::attach::{Attached, Origin, attach};
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
+use espalier_adapters::attach::{Attached, BaseCheck, Origin, attach};
 use espalier_adapters::config::TaskType;
 use espalier_adapters::formats::folder;
 use espalier_adapters::{AdapterConfig, Host};
@@ -52,6 +54,9 @@ pub fn dtype(name: &str, device: &Device) -> Result<DType> {
     }
 }
 
+/// Names of the quantisations of a frozen matrix at load.
+pub const QUANTIZATIONS: &[&str] = &["none", "nf4", "nf4-double", "int8", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k"];
+
 /// The quantisation a recipe names.
 ///
 /// # Errors
@@ -62,9 +67,14 @@ pub fn quantization(name: &str) -> Result<Option<Quantization>> {
         "nf4" => Some(Quantization::Nf4 { double: false }),
         "nf4-double" => Some(Quantization::Nf4 { double: true }),
         "int8" => Some(Quantization::Int8),
+        "q8_0" => Some(Quantization::Gguf(GgmlDType::Q8_0)),
+        "q6_k" => Some(Quantization::Gguf(GgmlDType::Q6K)),
+        "q5_0" => Some(Quantization::Gguf(GgmlDType::Q5_0)),
+        "q4_0" => Some(Quantization::Gguf(GgmlDType::Q4_0)),
+        "q4_k" => Some(Quantization::Gguf(GgmlDType::Q4K)),
         other => {
-            let known = ["none", "nf4", "nf4-double", "int8"];
-            return Err(Error::recipe("quantization", espalier_adapters::config::unknown_value(other, &known)));
+            let message = espalier_adapters::config::unknown_value(other, QUANTIZATIONS);
+            return Err(Error::recipe("quantization", message));
         }
     })
 }
@@ -295,11 +305,16 @@ pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<
     Ok(Data { train, eval, reports, eval_reports, key, stores: all })
 }
 
-/// The adapter of a recipe on a model: a saved one to go on from, or a new one.
+/// The adapter of a recipe on a model: a saved one to go on from, or a new one, with the tensors that it starts with where
+/// `starts` made some from the data.
 ///
 /// # Errors
 /// If a target matches nothing, or a saved adapter does not fit.
-pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
+pub fn adapter(
+    recipe: &Recipe,
+    model: &mut Model,
+    starts: impl FnOnce(&mut Model, &AdapterConfig) -> Result<BTreeMap<String, Tensor>>,
+) -> Result<(Attached, BTreeMap<String, Tensor>)> {
     let device = model.device().clone();
     if let Some(path) = &recipe.init_adapter {
         if !recipe.adapter.is_empty() {
@@ -309,7 +324,7 @@ pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
             ));
         }
         let files = folder::read(Path::new(path))?;
-        return Ok(folder::load(model, files, recipe.allow_base, DType::F32, &device)?);
+        return Ok((folder::load(model, files, recipe.allow_base, DType::F32, &device)?, BTreeMap::new()));
     }
     let mut config = recipe.adapter_config()?;
     config.base = Some(base_name(recipe, model));
@@ -318,14 +333,21 @@ pub fn adapter(recipe: &Recipe, model: &mut Model) -> Result<Attached> {
     if model.config().labels().is_some() && config.modules_to_save.is_empty() {
         config.modules_to_save = model.head_paths();
     }
-    Ok(attach(model, &config, Origin::Seed(recipe.seed), DType::F32, &device)?)
+    let starts = starts(model, &config)?;
+    let origin = Origin::Started { seed: recipe.seed, starts: starts.clone() };
+    Ok((attach(model, &config, origin, DType::F32, &device)?, starts))
 }
 
 /// What must be said of the base of a loaded adapter; `name` is the model as given.
-pub fn base_note(attached: &Attached, model: &Model, name: &str) -> Option<String> {
-    let path = model.provenance().path().map(|p| p.display().to_string()).unwrap_or_default();
-    let own = model.config().raw.get("_name_or_path").and_then(serde_json::Value::as_str).unwrap_or_default();
-    attached.base_note(&[name, &path, own])
+pub fn base_note(
+    (base, adapter): (BaseCheck, &AdapterConfig),
+    config: &ModelConfig,
+    path: Option<&Path>,
+    name: &str,
+) -> Option<String> {
+    let path = path.map(|p| p.display().to_string()).unwrap_or_default();
+    let own = config.raw.get("_name_or_path").and_then(serde_json::Value::as_str).unwrap_or_default();
+    base.note(adapter, &[name, &path, own])
 }
 
 /// All dense weights of a model, to train it whole.

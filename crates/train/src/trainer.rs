@@ -1,19 +1,26 @@
 //! A run: everything a recipe names, loaded and checked, and what can be done with it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use espalier_adapters::formats::folder;
+use candle_core::{Device, Tensor};
+use espalier_adapters::attach::Attached;
+use espalier_adapters::formats::{folder, safetensors};
 use espalier_adapters::{AdapterSet, ParameterMap};
 use espalier_data::TextCodec;
 use espalier_models::Model;
 use serde::Serialize;
 
+use crate::dynamics::{Dynamics, Fit};
+use crate::evidence;
 use crate::identity::Identity;
 use crate::live::Liveness;
 use crate::objective::Objective;
 use crate::observer::Observer;
+use crate::optimizer::schedule::Schedule;
 use crate::recipe::Recipe;
+use crate::run::RunFolder;
 use crate::setup::{self, Data};
 use crate::tape;
 use crate::training::Training;
@@ -38,6 +45,26 @@ pub struct Run {
     pub data: Data,
     /// What is learned from them.
     pub objective: Box<dyn Objective>,
+    /// Tensors that the adapter started with, by full name, where they were made from the data.
+    pub starts: BTreeMap<String, Tensor>,
+}
+
+/// What is learned from, and how.
+struct Material {
+    codec: TextCodec,
+    data: Data,
+    objective: Box<dyn Objective>,
+}
+
+impl Material {
+    fn of(recipe: &Recipe, model: &Model) -> Result<Self> {
+        let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
+        let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
+        let codec = setup::encoding(recipe, codec, model.config());
+        let data = setup::data(recipe, &codec, model.config())?;
+        let objective = setup::objective(model, &codec);
+        Ok(Self { codec, data, objective })
+    }
 }
 
 /// How a run ended.
@@ -90,9 +117,29 @@ impl Run {
     /// # Errors
     /// If anything of it is missing or does not fit.
     pub fn prepare(recipe: Recipe) -> Result<Self> {
+        Self::prepare_again(recipe, false)
+    }
+
+    /// As [`Self::prepare`]; where the run goes on from its folder (`resume`), an adapter that started from data starts there as
+    /// it did.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`].
+    pub fn prepare_again(recipe: Recipe, resume: bool) -> Result<Self> {
         let mut model = setup::model(&recipe)?;
-        let attached = setup::adapter(&recipe, &mut model)?;
-        Self::assemble(recipe, model, attached)
+        let material = Material::of(&recipe, &model)?;
+        let kept = RunFolder::new(&recipe.out).starts();
+        let (attached, starts) = setup::adapter(&recipe, &mut model, |model, config| match resume && kept.is_file() {
+            // Made once: another pass could round otherwise on another device.
+            true => Ok(safetensors::TensorFile::open(&kept)?.load_all(&Device::Cpu)?),
+            false => {
+                let schedule = Schedule::new(&recipe, 1 << 20);
+                let first = (0..1 << 20).map(|step| schedule.factor(step)).find(|factor| *factor > 0.0);
+                let first_lr = recipe.lr * first.unwrap_or(1.0);
+                evidence::starts(&recipe, model, config, &material.data, material.objective.as_ref(), first_lr)
+            }
+        })?;
+        Self::assemble(recipe, model, attached, material, starts)
     }
 
     /// A run that trains every weight of `model`.
@@ -100,16 +147,22 @@ impl Run {
     /// # Errors
     /// As [`Self::prepare`].
     pub fn prepare_whole(recipe: Recipe, mut model: Model) -> Result<Self> {
+        let material = Material::of(&recipe, &model)?;
         let attached = setup::whole_model(&recipe, &mut model)?;
-        Self::assemble(recipe, model, attached)
+        Self::assemble(recipe, model, attached, material, BTreeMap::new())
     }
 
-    fn assemble(recipe: Recipe, mut model: Model, attached: espalier_adapters::attach::Attached) -> Result<Self> {
-        let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
-        let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
-        let codec = setup::encoding(&recipe, codec, model.config());
-        let data = setup::data(&recipe, &codec, model.config())?;
-        let objective = setup::objective(&model, &codec);
+    fn assemble(
+        recipe: Recipe,
+        mut model: Model,
+        mut attached: Attached,
+        material: Material,
+        starts: BTreeMap<String, Tensor>,
+    ) -> Result<Self> {
+        let Material { codec, data, objective } = material;
+        let dynamics =
+            recipe.dynamics_config()?.fit(&mut Fit { recipe: &recipe, model: &mut model, attached: &attached })?;
+        attached.parameters.train_only(|p| dynamics.trains(p));
         let parameters = attached.parameters.clone();
         if parameters.trainable().next().is_none() {
             return Err(Error::recipe("adapter", "nothing is trained: no parameter is trainable"));
@@ -118,7 +171,16 @@ impl Run {
         let name = "default".to_owned();
         adapters.add(&name, attached)?;
         adapters.activate(&mut model, &[(&name, 1.0)])?;
-        Ok(Self { recipe, model, adapters, name, parameters, codec, data, objective })
+        Ok(Self { recipe, model, adapters, name, parameters, codec, data, objective, starts })
+    }
+
+    /// How the parameters move: a new one at each call, at the run's beginning.
+    ///
+    /// # Errors
+    /// If it does not go with the adapter, the model or the optimiser.
+    pub fn dynamics(&mut self) -> Result<Box<dyn Dynamics>> {
+        let attached = self.adapters.get(&self.name)?;
+        self.recipe.dynamics_config()?.fit(&mut Fit { recipe: &self.recipe, model: &mut self.model, attached })
     }
 
     /// Steps of an epoch.

@@ -9,12 +9,12 @@ use espalier_adapters::Flow;
 use espalier_data::Batch;
 
 use crate::checkpoint::{self, Best, State};
-use crate::dynamics::adamw::{AdamW, AdamWStep};
-use crate::dynamics::schedule::Schedule;
-use crate::dynamics::{global_norm, rate_factors};
+use crate::dynamics::{Dynamics, Moving, Rates};
 use crate::live::Watch;
 use crate::objective::Targets;
 use crate::observer::Observer;
+use crate::optimizer::schedule::Schedule;
+use crate::optimizer::{Optimizer, global_norm};
 use crate::run::metrics::{EvalRecord, StepRecord};
 use crate::tape::{self, Gradients, Start};
 use crate::trainer::{Outcome, Run};
@@ -22,12 +22,12 @@ use crate::{Error, Result, memory};
 
 /// The moving parts of a run.
 pub(crate) struct Training<'a> {
-    run: &'a Run,
+    run: &'a mut Run,
     checkpoints: Option<PathBuf>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    dynamics: Box<dyn Dynamics>,
     schedule: Schedule,
     gradients: Gradients,
-    start: Start,
     pub(crate) state: State,
     total: usize,
     resumed_from: Option<usize>,
@@ -43,15 +43,23 @@ pub(crate) struct Training<'a> {
     notices: Vec<String>,
 }
 
+/// What the dynamics of a run sees after `step` of `total` steps.
+fn moving<'b>(run: &'b mut Run, optimizer: &'b mut Optimizer, step: usize, total: usize) -> Result<Moving<'b>> {
+    let Run { recipe, model, adapters, name, parameters, .. } = run;
+    let attached = adapters.get(name)?;
+    Ok(Moving { model, attached, parameters, optimizer, step, total, seed: recipe.seed })
+}
+
 impl<'a> Training<'a> {
-    pub(crate) fn new(run: &'a Run, checkpoints: Option<&Path>, resume: bool) -> Result<Self> {
+    pub(crate) fn new(run: &'a mut Run, checkpoints: Option<&Path>, resume: bool) -> Result<Self> {
+        let mut dynamics = run.dynamics()?;
         let parameters = run
             .parameters
             .trainable()
             .map(|p| Ok((p.name.clone(), p.var()?)))
             .collect::<Result<Vec<(String, Var)>>>()?;
-        let factors = rate_factors(&run.recipe, &run.parameters)?;
-        let mut optimizer = AdamW::new(parameters, factors.clone())?;
+        let factors: Vec<f64> = run.parameters.trainable().map(|p| dynamics.factor(p)).collect();
+        let mut optimizer = Optimizer::new(&run.recipe, parameters, factors.clone())?;
         let total = run.total_steps()?;
         let mut state = State { identity: run.identity()?, ..State::default() };
         let mut resumed_from = None;
@@ -68,25 +76,29 @@ impl<'a> Training<'a> {
                 }
                 notices.extend(saved.notices(&state.identity));
                 let identity = std::mem::take(&mut state.identity);
-                state = State { identity, ..checkpoint::restore(&newest, &run.parameters, &mut optimizer)? };
+                let mut moving = moving(run, &mut optimizer, 0, total)?;
+                state = State { identity, ..checkpoint::restore(&newest, &mut *dynamics, &mut moving)? };
                 resumed_from = Some(state.step);
             } else {
                 notices
                     .push(format!("{} holds no checkpoint: the run starts again from its beginning", folder.display()));
             }
         }
+        if state.step == 0 {
+            dynamics.begin(&mut moving(run, &mut optimizer, 0, total)?)?;
+        }
         let attached = run.adapters.get(&run.name)?;
         let watch = Watch::new(&run.parameters, &factors, attached, run.recipe.adam_eps)?;
         let loss = if state.step > 0 { state.loss } else { f64::NAN };
         Ok(Self {
-            run,
             checkpoints: checkpoints.map(Path::to_owned),
             schedule: Schedule::new(&run.recipe, total),
             gradients: Gradients::new(&run.parameters),
-            start: Start::of(&run.model, &run.parameters),
             watch,
             notices,
             optimizer,
+            dynamics,
+            run,
             last_saved: resumed_from.filter(|step| *step > 0),
             resumed_from,
             state,
@@ -107,6 +119,8 @@ impl<'a> Training<'a> {
         for notice in std::mem::take(&mut self.notices) {
             observer.notice(&notice);
         }
+        let (step, total) = (self.state.step, self.total);
+        self.dynamics.enter(&mut moving(self.run, &mut self.optimizer, step, total)?)?;
         self.catch_up(observer)?;
         while self.state.step < self.total && !self.early_stopped {
             self.step(observer)?;
@@ -143,7 +157,8 @@ impl<'a> Training<'a> {
 
     fn step(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let started = Instant::now();
-        let recipe = &self.run.recipe;
+        let (step, total) = (self.state.step, self.total);
+        self.dynamics.before(&mut moving(self.run, &mut self.optimizer, step, total)?)?;
         let window = self.window()?;
         let weight: usize = window.iter().map(|(_, targets)| targets.weight()).sum();
         if weight == 0 {
@@ -152,21 +167,16 @@ impl<'a> Training<'a> {
                 format!("step {}: no token of its rows is trained on", self.state.step + 1),
             ));
         }
-        self.gradients.clear();
+        let recipe = &self.run.recipe;
+        let awake = |i: usize| self.dynamics.asleep(i).is_none();
+        let start = Start::of(&self.run.model, &self.run.parameters, awake);
         let mut losses = Vec::with_capacity(window.len());
         let mut tokens = 0u64;
         for (part, (batch, targets)) in window.iter().enumerate() {
-            let flow = Flow::train(recipe.seed, self.state.step as u64, part as u64);
+            let flow = Flow::train(recipe.seed, step as u64, part as u64);
+            let flow = self.dynamics.flow(flow, step, part);
             let how = (1.0 / weight as f64, recipe.checkpointing);
-            losses.push(tape::accumulate(
-                &self.run.model,
-                batch,
-                targets,
-                &flow,
-                self.start,
-                how,
-                &mut self.gradients,
-            )?);
+            losses.push(tape::accumulate(&self.run.model, batch, targets, &flow, start, how, &mut self.gradients)?);
             tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
         }
         if let (None, (taped @ 1.., all)) = (self.first_step_s, losses.first().map_or((0, 0), |l| l.taped))
@@ -183,18 +193,18 @@ impl<'a> Training<'a> {
         let norm = global_norm(self.gradients.sums())?;
         self.finite("the gradient's norm", norm)?;
         self.fill_gradients()?;
+        let recipe = &self.run.recipe;
         let clip = recipe.max_grad_norm;
         let scale = if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        let lr = recipe.lr * self.schedule.factor(self.state.step);
+        let lr = recipe.lr * self.schedule.factor(step) * self.dynamics.rate(step);
         self.watch.gradients(self.gradients.sums(), scale, lr)?;
-        let settings = AdamWStep {
-            lr,
-            beta1: recipe.beta1,
-            beta2: recipe.beta2,
-            eps: recipe.adam_eps,
-            weight_decay: recipe.weight_decay,
-        };
-        self.optimizer.step(self.gradients.sums(), scale, settings)?;
+        let rates = Rates { lr, scale };
+        let mut moving = moving(self.run, &mut self.optimizer, step, total)?;
+        self.dynamics.gradients(&mut moving, self.gradients.sums_mut(), rates)?;
+        self.dynamics.update(&mut moving, self.gradients.sums(), rates)?;
+        moving.step += 1;
+        self.dynamics.after(&mut moving)?;
+        self.gradients.clear();
         let seconds = started.elapsed().as_secs_f64();
         if self.first_step_s.is_none() {
             self.first_step_s = Some(crate::process_seconds());
@@ -219,7 +229,7 @@ impl<'a> Training<'a> {
             elapsed_s: self.state.elapsed_s,
             memory_bytes: memory::resident(),
             share_of_floor: None,
-            extra: serde_json::Map::new(),
+            extra: self.dynamics.metrics(),
         })
     }
 
@@ -236,6 +246,10 @@ impl<'a> Training<'a> {
     /// the window have a gradient of 0.
     fn fill_gradients(&mut self) -> Result<()> {
         for i in 0..self.gradients.sums().len() {
+            if self.dynamics.asleep(i).is_some() {
+                self.gradients.drop(i);
+                continue;
+            }
             if !self.watch.may_be_absent(i) && self.gradients.sums()[i].is_none() {
                 return Err(Error::run(self.watch.name(i), "is trainable, but no gradient reaches it"));
             }
@@ -245,18 +259,18 @@ impl<'a> Training<'a> {
     }
 
     fn after_step(&mut self, epoch_end: bool, stopping: bool, observer: &mut dyn Observer) -> Result<()> {
-        let recipe = &self.run.recipe;
+        let (eval_every, save_every) = (self.run.recipe.eval_every, self.run.recipe.save_every);
         let step = self.state.step;
         let due = |every: usize| if every == 0 { epoch_end } else { step.is_multiple_of(every) };
         let last = step >= self.total;
         // Before anything is saved from which the run could go on past a fault.
         self.watch(last || stopping, observer)?;
         // A stop does not wait for an evaluation: it is made up for when the run goes on.
-        if last || (!stopping && due(recipe.eval_every)) {
+        if last || (!stopping && due(eval_every)) {
             self.evaluate(observer)?;
         }
         self.watch(self.early_stopped, observer)?;
-        if due(recipe.save_every) || last || stopping || self.early_stopped {
+        if due(save_every) || last || stopping || self.early_stopped {
             self.save(observer)?;
         }
         Ok(())
@@ -264,7 +278,7 @@ impl<'a> Training<'a> {
 
     /// Looks at the trained tensors when the first steps are taken, or at the `end` of fewer.
     fn watch(&mut self, end: bool, observer: &mut dyn Observer) -> Result<()> {
-        if let Some(found) = self.watch.found(end)? {
+        if let Some(found) = self.watch.found(end, &|i| self.dynamics.still(i))? {
             if !found.still.is_empty() {
                 observer.notice(&found.to_string());
             }
@@ -275,17 +289,17 @@ impl<'a> Training<'a> {
 
     /// What the run still owed when it was left: an evaluation that a stop passed over, or the end by early stopping.
     fn catch_up(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        let recipe = &self.run.recipe;
+        let (eval_every, patience) = (self.run.recipe.eval_every, self.run.recipe.early_stopping);
         let step = self.state.step;
         if step == 0 {
             return Ok(());
         }
-        let due = if recipe.eval_every == 0 { self.state.batch == 0 } else { step.is_multiple_of(recipe.eval_every) };
+        let due = if eval_every == 0 { self.state.batch == 0 } else { step.is_multiple_of(eval_every) };
         if (due || step >= self.total) && self.state.evaluated != Some(step) {
             self.evaluate(observer)?;
             self.save(observer)?;
         }
-        self.early_stopped = recipe.early_stopping > 0 && self.state.since_best >= recipe.early_stopping;
+        self.early_stopped = patience > 0 && self.state.since_best >= patience;
         Ok(())
     }
 
@@ -327,23 +341,26 @@ impl<'a> Training<'a> {
         if self.last_saved == Some(self.state.step) && !best_here && self.state.evaluated != Some(self.state.step) {
             return Ok(());
         }
-        let path = checkpoint::save(folder, &self.state, &self.run.parameters, &self.optimizer)?;
+        let path = checkpoint::save(folder, &self.state, &self.run.parameters, &self.optimizer, &*self.dynamics)?;
         checkpoint::prune(folder, self.run.recipe.keep_checkpoints, self.state.best.map(|b| b.step))?;
         self.last_saved = Some(self.state.step);
         observer.checkpoint(&path);
         Ok(())
     }
 
-    fn finish(self, observer: &mut dyn Observer) -> Result<Outcome> {
+    fn finish(mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        let (step, total) = (self.state.step, self.total);
         if let (true, false, Some(best), Some(folder)) =
             (self.run.recipe.load_best, self.stopped, self.state.best, self.checkpoints.as_deref())
             && best.step != self.state.step
         {
             let path = folder.join(checkpoint::folder_name(best.step));
-            checkpoint::restore_parameters(&path, &self.run.parameters)?;
+            let mut moving = moving(self.run, &mut self.optimizer, step, total)?;
+            checkpoint::restore_values(&path, &mut *self.dynamics, &mut moving)?;
             observer
                 .notice(&format!("finished with the weights of step {} (evaluation loss {:.4})", best.step, best.loss));
         }
+        self.dynamics.leave(&mut moving(self.run, &mut self.optimizer, step, total)?)?;
         Ok(Outcome {
             steps: self.state.step,
             resumed_from: self.resumed_from,

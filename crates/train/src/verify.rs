@@ -4,9 +4,10 @@
 //! that are not numbers differ by infinity.
 
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::{AdapterSet, Flow, random};
+use espalier_adapters::formats::piecewise::Piecewise;
+use espalier_adapters::{Flow, random};
 use espalier_data::{Example, IGNORE, TextCodec};
-use espalier_models::{Model, TokenBatch};
+use espalier_models::{Model, ModelConfig, Stage, Streamed, TokenBatch};
 use rand::Rng;
 use serde::Serialize;
 
@@ -34,24 +35,23 @@ impl Probe {
     ///
     /// # Errors
     /// If no row is left.
-    pub fn of_examples(model: &Model, examples: Vec<Example>, name: &str) -> Result<Self> {
+    pub fn of_examples(config: &ModelConfig, examples: Vec<Example>, name: &str) -> Result<Self> {
         let given = examples.len();
-        let mut probe = Self::cut(model, examples)?;
+        let mut probe = Self::cut(config, examples)?;
         probe.about = format!("{} of {given} rows of {name}, {} tokens", probe.rows.len(), probe.tokens());
         Ok(probe)
     }
 
-    /// Rows made here: the token rows that `adapters` train now, a text where there is a tokenizer, and drawn tokens.
+    /// Rows made here: the tokens whose rows are `trained`, a text where there is a tokenizer, and drawn tokens.
     ///
     /// # Errors
     /// If the text cannot be encoded.
-    pub fn made(model: &Model, codec: &TextCodec, adapters: &AdapterSet) -> Result<Self> {
-        let (vocab, longest) = (model.config().vocab as u32, ROW.min(model.config().max_positions).max(2));
+    pub fn made(config: &ModelConfig, codec: &TextCodec, trained: &[u32]) -> Result<Self> {
+        let (vocab, longest) = (config.vocab as u32, ROW.min(config.max_positions).max(2));
         let mut rng = random::stream(0, "probe");
         let mut drawn = |n: usize| -> Vec<u32> { (0..n).map(|_| rng.random_range(0..vocab)).collect() };
         let unlabelled =
             |ids: Vec<u32>| Example { labels: vec![IGNORE; ids.len()], input_ids: ids, ..Example::default() };
-        let trained = trained_tokens(adapters)?;
         // Each trained token beside a drawn one, so that rows differ from each other.
         let mixed: Vec<u32> = trained.iter().zip(drawn(trained.len())).flat_map(|(t, other)| [other, *t]).collect();
         let mut rows: Vec<Example> = mixed.chunks(longest).map(|ids| unlabelled(ids.to_vec())).collect();
@@ -62,7 +62,7 @@ impl Probe {
         if codec.tokenizer().is_some() {
             let ids = codec.encode_text(TEXT, true).map_err(|e| Error::recipe("probe", e.to_string()))?;
             about.push(format!("a text of {} tokens", ids.len()));
-            rows.extend(ids.chunks(model.config().max_positions.clamp(2, 4 * ROW)).map(|ids| Example {
+            rows.extend(ids.chunks(config.max_positions.clamp(2, 4 * ROW)).map(|ids| Example {
                 input_ids: ids.to_vec(),
                 labels: ids.iter().map(|id| *id as i32).collect(),
                 ..Example::default()
@@ -78,7 +78,7 @@ impl Probe {
         }
         about.push(format!("{} drawn tokens", 2 * longest));
         let given = rows.len();
-        let mut probe = Self::cut(model, rows)?;
+        let mut probe = Self::cut(config, rows)?;
         probe.about = about.join(", ");
         if probe.rows.len() < given {
             probe.about = format!("{} of {given} rows of: {}", probe.rows.len(), probe.about);
@@ -86,11 +86,11 @@ impl Probe {
         Ok(probe)
     }
 
-    fn cut(model: &Model, examples: Vec<Example>) -> Result<Self> {
-        let width = model.config().labels().unwrap_or(model.config().vocab).max(1);
+    fn cut(config: &ModelConfig, examples: Vec<Example>) -> Result<Self> {
+        let width = config.labels().unwrap_or(config.vocab).max(1);
         let (mut left, mut rows) = ((SCORES / width).max(1), Vec::new());
         for row in examples {
-            let positions = if model.config().labels().is_some() { 1 } else { row.input_ids.len() };
+            let positions = if config.labels().is_some() { 1 } else { row.input_ids.len() };
             if row.input_ids.is_empty() || (positions > left && !rows.is_empty()) {
                 continue;
             }
@@ -122,6 +122,48 @@ impl Probe {
                 Ok(if classes { scores } else { scores.squeeze(0)? }.to_device(&Device::Cpu)?)
             })
             .collect()
+    }
+
+    /// The same of a model whose weights stay in their files, and with `adapters` on it: part by part, so that no more than a part
+    /// is in memory.
+    ///
+    /// # Errors
+    /// If a row does not fit the model, a weight cannot be read, or an adapter does not fit.
+    pub fn sides(&self, model: &mut Streamed, adapters: &Piecewise) -> Result<Sides> {
+        let flow = Flow::eval();
+        let classes = model.config().labels().is_some();
+        let inputs = self.rows.iter().map(|row| TokenBatch::new(row.input_ids.clone(), 1, row.input_ids.len()));
+        let inputs = inputs.collect::<espalier_models::Result<Vec<_>>>()?;
+        // Vectors after the last stage, of each row without adapters and with them.
+        let mut vectors: [Vec<Tensor>; 2] = Default::default();
+        model.stages(adapters, &mut |model, stage, adapted| -> Result<()> {
+            let side = &mut vectors[usize::from(adapted)];
+            for (i, input) in inputs.iter().enumerate() {
+                let next = match stage {
+                    Stage::Embed => model.embed(input)?.detach(),
+                    Stage::Block(index) => model.block(index, &side[i], &model.context(input)?, &flow, None)?.detach(),
+                    Stage::Output => {
+                        let scores = model.outputs(&model.finish(&side[i])?, &flow)?.detach().to_dtype(DType::F32)?;
+                        if classes { scores } else { scores.squeeze(0)? }.to_device(&Device::Cpu)?
+                    }
+                };
+                match stage {
+                    Stage::Embed => side.push(next),
+                    _ => side[i] = next,
+                }
+            }
+            Ok(())
+        })?;
+        let [base, adapted] = vectors;
+        Ok(Sides { base, adapted })
+    }
+
+    /// Mean loss of the labelled tokens, or labels, under scores of every row; in nats.
+    ///
+    /// # Errors
+    /// If the scores are of another shape.
+    pub fn loss(&self, scores: &[Tensor]) -> Result<f64> {
+        Ok(self.compare(scores, scores)?.loss_reference)
     }
 
     /// What lies between the scores of a reference and those `found`.
@@ -162,6 +204,15 @@ impl Probe {
         all.loss_difference = all.loss_found - all.loss_reference;
         Ok(all)
     }
+}
+
+/// Scores of a base, and of the same base with adapters.
+#[derive(Debug)]
+pub struct Sides {
+    /// Of each row, without adapters.
+    pub base: Vec<Tensor>,
+    /// Of each row, with them; none where there are none.
+    pub adapted: Vec<Tensor>,
 }
 
 /// What lies between two sets of scores.
@@ -217,15 +268,4 @@ fn loss(scores: &[f32], wanted: usize) -> f64 {
     let top = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(f64::from(*s)));
     let sum: f64 = scores.iter().map(|s| (f64::from(*s) - top).exp()).sum();
     top + sum.ln() - f64::from(scores[wanted])
-}
-
-/// Ids of the token rows that the adapters in use train.
-fn trained_tokens(adapters: &AdapterSet) -> Result<Vec<u32>> {
-    let mut ids = Vec::new();
-    for (name, _) in adapters.active() {
-        ids.extend(adapters.get(name)?.rows.iter().flat_map(|(_, rows)| rows.indices.iter().copied()));
-    }
-    ids.sort_unstable();
-    ids.dedup();
-    Ok(ids)
 }

@@ -13,8 +13,8 @@ use espalier_adapters::target::{Pattern, TargetSpec};
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, MethodConfig, ParameterMap};
 use espalier_data::Batch;
 use espalier_models::{LoadOptions, Model};
-use espalier_train::dynamics::global_norm;
 use espalier_train::objective::Targets;
+use espalier_train::optimizer::global_norm;
 use espalier_train::tape::{self, Gradients, Start};
 use espalier_train::{Recipe, Run};
 
@@ -74,7 +74,7 @@ fn setting(base: &str, config: &AdapterConfig, dtype: DType) -> Setting {
 
 fn gradients(s: &Setting, input: &(Batch, Targets), flow: &Flow, checkpointing: bool) -> (f64, Vec<Tensor>) {
     let mut sums = Gradients::new(&s.parameters);
-    let start = Start::of(&s.model, &s.parameters);
+    let start = Start::of(&s.model, &s.parameters, |_| true);
     let scale = 1.0 / input.1.weight() as f64;
     let loss = tape::accumulate(&s.model, &input.0, &input.1, flow, start, (scale, checkpointing), &mut sums).unwrap();
     let loss = loss.value().unwrap();
@@ -206,7 +206,7 @@ fn recording_starts_at_the_first_trained_block() {
     };
     for layer in 0..2 {
         let s = setting("llama_gqa_tied", &only(layer), DType::F64);
-        assert_eq!(Start::of(&s.model, &s.parameters), Start::Block(layer as usize));
+        assert_eq!(Start::of(&s.model, &s.parameters, |_| true), Start::Block(layer as usize));
         differences_agree("llama_gqa_tied", &only(layer), &causal());
     }
     let config = AdapterConfig {
@@ -214,7 +214,7 @@ fn recording_starts_at_the_first_trained_block() {
         ..method("lora")
     };
     let s = setting("llama1", &config, DType::F64);
-    assert_eq!(Start::of(&s.model, &s.parameters), Start::Block(s.model.blocks()));
+    assert_eq!(Start::of(&s.model, &s.parameters, |_| true), Start::Block(s.model.blocks()));
     differences_agree("llama1", &config, &causal());
 }
 
@@ -224,7 +224,7 @@ fn gradients_add_up_over_passes() {
     let (input, flow) = (causal(), Flow::eval());
     let (_, once) = gradients(&s, &input, &flow, false);
     let mut sums = Gradients::new(&s.parameters);
-    let start = Start::of(&s.model, &s.parameters);
+    let start = Start::of(&s.model, &s.parameters, |_| true);
     let scale = 0.5 / input.1.weight() as f64;
     for _ in 0..2 {
         let _ = tape::accumulate(&s.model, &input.0, &input.1, &flow, start, (scale, false), &mut sums).unwrap();

@@ -53,7 +53,10 @@ fn a_wrong_value_names_its_line() {
         ("lr = nan\n", 1, "NaN"),
         ("seed = 3\nlr = -1.0\n", 2, "-1"),
         ("quantization = \"int4\"\n", 1, "int8"),
-        ("optimizer = \"sgd\"\n", 1, "adamw"),
+        ("optimizer = \"adam\"\n", 1, "adamw"),
+        ("[dynamics]\nmethod = \"lisaa\"\n", 2, "lisa"),
+        ("[dynamics]\nmethod = \"lisa\"\nintervall = 3\n", 3, "interval"),
+        ("[dynamics]\nmethod = \"lisa\"\nratio = 3\n", 3, "no setting of `lisa`"),
         ("[adapter]\nr = 8\nmethod = \"lorra\"\n", 3, "lora"),
         ("[adapter]\nr = 8\nalpha = \"many\"\n", 3, "many"),
         ("[adapter]\nr = 8\ntarget_modules = 5\n", 3, "target_modules"),
@@ -138,10 +141,11 @@ fn other_value(key: &Key) -> String {
         "truncation" => "drop",
         "text_unit" => "file",
         "optimizer" => "adamw",
+        "muon_adjust_lr" => "match_rms_adamw",
         _ => match key.kind {
             "bool" => return (!key.default.parse::<bool>().unwrap()).to_string(),
             "u64" | "usize" | "Option<usize>" => "37",
-            "f64" => "0.375",
+            "f64" | "Option<f64>" => "0.375",
             "String" | "Option<String>" | "DataList" | "OneOrMany" => "some text \"quoted\"",
             other => panic!("{}: no value for kind {other}", key.name),
         },
@@ -154,7 +158,10 @@ fn every_key_survives_being_written_and_read() {
     let default = Recipe::default();
     assert_eq!(Recipe::parse(&default.to_toml().unwrap(), "default").unwrap(), default);
     for key in KEYS {
-        let recipe = with(&[(key.name, &other_value(key))]).unwrap_or_else(|e| panic!("{}: {e}", key.name));
+        // Settings of other optimisers are refused.
+        let muons = ["momentum", "nesterov", "muon_adjust_lr"].contains(&key.name);
+        let optimizer = if muons { ("optimizer", "muon") } else { ("seed", "0") };
+        let recipe = with(&[optimizer, (key.name, &other_value(key))]).unwrap_or_else(|e| panic!("{}: {e}", key.name));
         if key.name != "optimizer" {
             assert_ne!(recipe, default, "{}", key.name);
         }

@@ -58,7 +58,7 @@ fn cases(dir: &Path) -> Vec<(&'static str, Recipe)> {
         ),
         ("mixture", Recipe { data: DataList(vec![source(&rows, 1.0), source(&others, 3.0)]), ..shuffled.clone() }),
         ("evaluation", Recipe { validation_split: 3.0, eval_every: 2, save_every: 3, ..shuffled.clone() }),
-        ("epochs", Recipe { max_steps: None, epochs: 1.8, lora_plus_ratio: 4.0, ..shuffled }),
+        ("epochs", Recipe { max_steps: None, epochs: 1.8, ..shuffled }),
     ]
 }
 

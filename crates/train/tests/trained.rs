@@ -9,10 +9,9 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{DType, Tensor};
 use common::{Watcher, data, family, lora, recipe, session, session_with, tensors, write_rows, write_tensors};
-use espalier_adapters::AdapterSet;
-use espalier_adapters::formats::folder;
+use espalier_adapters::formats::piecewise::{Piece, Piecewise};
 use espalier_data::TextCodec;
-use espalier_models::{LoadOptions, Model};
+use espalier_models::{LoadOptions, Streamed};
 use espalier_train::session::{self, SessionOptions};
 use espalier_train::trainer::Scope;
 use espalier_train::verify::Probe;
@@ -123,7 +122,13 @@ fn a_run_begun_anew_shows_no_earlier_adapter() {
     let anew = Recipe { adapter: lora(2, 0.0), ..recipe };
     let mut run = Run::prepare(anew).unwrap();
     let plan = run.plan(0).unwrap();
-    let options = SessionOptions { scope: Scope::Adapter, resume: false, overwrite: true, command: String::new() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume: false,
+        overwrite: true,
+        allow_memory: false,
+        command: String::new(),
+    };
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         session::run(&mut run, &plan, &options, &mut Killed, &AtomicBool::new(false))
     }));
@@ -312,15 +317,13 @@ fn scores_that_are_no_numbers_do_not_pass_the_check_of_a_merge() {
     // A head that has no number for the last token: no score but every row's last one is NaN.
     let base = dir.path().join("base");
     changed_base("llama1", &base, "lm_head.weight", |t| poisoned(t, t.dims()[0] - 1));
-    let mut model = Model::load(&base, &LoadOptions::cpu()).unwrap();
-    let device = model.device().clone();
-    let attached = folder::load(&mut model, folder::read(&path).unwrap(), true, DType::F32, &device).unwrap();
-    let mut adapters = AdapterSet::new();
-    adapters.add("a", attached).unwrap();
-    adapters.activate(&mut model, &[("a", 1.0)]).unwrap();
-    let probe = Probe::made(&model, &TextCodec::ids_only(model.config().vocab), &adapters).unwrap();
-    let (out, options) = (dir.path().join("merged"), merge::WriteOptions::new(&model));
-    let merged = merge::merge_into_folder(&mut model, &mut adapters, &out, &options, &probe);
+    let load = LoadOptions::cpu();
+    let mut model = Streamed::open(&base, &load).unwrap();
+    let mut adapters = Piecewise::new();
+    adapters.add(Piece::open(model.host(), ("a", &path, 1.0), None, true).unwrap()).unwrap();
+    let probe = Probe::made(model.config(), &TextCodec::ids_only(model.config().vocab), &[]).unwrap();
+    let (out, options) = (dir.path().join("merged"), merge::WriteOptions::new(&load));
+    let merged = merge::merge_into_folder(&mut model, &adapters, &out, &options, &probe);
     let message = merged.unwrap_err().to_string();
     assert!(message.contains("differ by inf"), "{message}");
 }

@@ -1,16 +1,17 @@
 //! R-20: a killed run goes on as if it had not been killed.
 
 use std::path::Path;
+use std::sync::Once;
 use std::time::Duration;
 
-use espalier_adapters::formats::atomic::measured;
+use espalier_adapters::formats::faults::{measured, with_kill_before};
 use espalier_adapters::random::stream;
 use espalier_train::{Recipe, Silent, checkpoint};
 use rand::Rng;
 
 use crate::runs::{self, Trace};
 use crate::worker::Job;
-use crate::{Scope, Tally, Trial};
+use crate::{Scope, Tally, Trial, writers};
 
 /// The trial.
 pub static TRIAL: Trial = Trial {
@@ -19,17 +20,19 @@ pub static TRIAL: Trial = Trial {
     claim: "A run that a SIGKILL ended at any instant leaves only whole checkpoints, and resumed it gives the adapter, losses \
             and gradient norms of the run that was not killed, bit for bit, with nothing temporary left. Half of the \
             instants are just before a rename or removal, half are instants of the clock; some runs are killed twice. CPU, \
-            next tokens and classes, with dropout, shuffling, evaluation, packing and a checkpoint after every step. The \
-            system itself does not fail: what a power cut does to unwritten pages is not tried.",
+            next tokens, classes, a new model trained whole and every dynamics (in each of its examples, or in one of them), with dropout, shuffling, evaluation, packing and a checkpoint \
+            after every step. Adapters replaced, models merged into a folder and tokenizers trained, each ended before every \
+            one of its renames and removals, leave the earlier result, the new one or none, and done again give the new one. \
+            The system itself does not fail: what a power cut does to unwritten pages is not tried.",
     unit: "killed runs that went on otherwise",
     bar: 0.0,
-    bounded: 8,
+    bounded: 14,
     full: 200,
     run,
 };
 
 struct Case {
-    name: &'static str,
+    name: String,
     recipe: Recipe,
     whole: Trace,
     moves: u32,
@@ -38,7 +41,7 @@ struct Case {
 
 fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     let mut cases = Vec::new();
-    for (i, (name, recipe)) in runs::saving(scope.scratch)?.into_iter().enumerate() {
+    for (i, (name, recipe)) in runs::saving(scope.scratch, scope.is_full())?.into_iter().enumerate() {
         let at = |part: &str| {
             let out = scope.scratch.join(format!("{part}-{i}"));
             Recipe { out: out.display().to_string(), ..recipe.clone() }
@@ -54,13 +57,16 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     }
     let mut rng = stream(20, "instants");
     let mut attempts = 0;
-    while tally.trials < scope.least {
+    ended_writers(scope, tally)?;
+    let enough = tally.trials + scope.least;
+    while tally.trials < enough {
         attempts += 1;
         anyhow::ensure!(attempts < 4 * scope.least + 40, "workers end before they can be killed");
-        let case = &cases[attempts as usize % cases.len()];
+        let case = &cases[(attempts - 1) as usize % cases.len()];
         let out = scope.scratch.join(format!("killed-{attempts}"));
         let twice = rng.random_bool(0.25);
-        let by_clock = (attempts / cases.len() as u64) % 2 == 1;
+        // Both ways for every case: in turn, and in the other order the next time round.
+        let by_clock = (attempts + attempts / cases.len() as u64) % 2 == 1;
         let mut kills = 0;
         for _ in 0..=usize::from(twice) {
             let (move_, share) = (rng.random_range(0..case.moves), rng.random_range(0.05..1.0));
@@ -90,7 +96,7 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
                 tally.held(format!("{name}: same bits {same}, left {left:?}"), same && left.is_empty());
             }
         }
-        tally.count(case.name);
+        tally.count(&case.name);
         tally.count(if by_clock { "by the clock" } else { "before a rename or removal" });
         if kills == 2 {
             tally.count("killed twice");
@@ -101,4 +107,46 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
         std::fs::remove_dir_all(&out)?;
     }
     Ok(())
+}
+
+/// Writes into a folder; ended before each rename or removal in turn, then done again.
+fn ended_writers(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
+    for writer in writers::all(scope.scratch)? {
+        let place = |n: u32| scope.scratch.join(format!("{}-{n}", writer.name.replace(' ', "-")));
+        let whole = place(u32::MAX);
+        (writer.before)(&whole)?;
+        let earlier = writers::found(&writer, &whole);
+        let (done, _, moves) = measured(|| (writer.write)(&whole));
+        done?;
+        let new = writers::found(&writer, &whole);
+        anyhow::ensure!(new.is_some() && new != earlier && moves > 0, "{}: nothing new was written", writer.name);
+        for n in 0..moves {
+            let at = place(n);
+            (writer.before)(&at)?;
+            let ended = quietly(|| with_kill_before(n, || (writer.write)(&at)));
+            let now = writers::found(&writer, &at);
+            let sane = now.is_none() || now == earlier || now == new;
+            (writer.write)(&at)?;
+            let again = writers::found(&writer, &at) == new;
+            let name = format!("{}, before move {n}: ended {ended}, sane {sane}, again {again}", writer.name);
+            tally.held(name, ended && sane && again);
+            tally.count(format!("{}, before a rename or removal", writer.name));
+            std::fs::remove_dir_all(&at)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether `f` was ended by [`with_kill_before`], whose panic says nothing here.
+fn quietly<T>(f: impl FnOnce() -> T) -> bool {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let other = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if info.payload_as_str().is_none_or(|text| !text.contains("with_kill_before")) {
+                other(info);
+            }
+        }));
+    });
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err()
 }

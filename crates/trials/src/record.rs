@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Form, Tally, Trial};
+use crate::{Figure, Form, Tally, Trial};
+
+/// Worst values by subject and what was measured of it; None where it is no finite number.
+pub type Table = BTreeMap<String, BTreeMap<String, Option<f64>>>;
 
 /// The outcome of a trial.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,9 +36,15 @@ pub struct Record {
     /// Where the worst value was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worst: Option<String>,
+    /// Worst values by subject.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub table: Table,
     /// What was tried how often.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
+    /// Further figures, each with its own bar.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub figures: Vec<Figure>,
     /// What did not hold, the first of it.
     #[serde(default)]
     pub failures: Vec<String>,
@@ -66,19 +75,23 @@ impl Record {
             std::env::consts::ARCH,
             std::env::consts::OS
         );
+        let finite = |value: f64| value.is_finite().then_some(value);
+        let row = |row: BTreeMap<String, f64>| row.into_iter().map(|(column, value)| (column, finite(value))).collect();
         Self {
             id: trial.id.into(),
             title: trial.title.into(),
             claim: trial.claim.into(),
-            measured: tally.measured.is_finite().then_some(tally.measured),
+            measured: finite(tally.measured),
             unit: trial.unit.into(),
             bar: trial.bar,
             trials: tally.trials,
             least,
-            passed: enough && error.is_none() && tally.measured <= trial.bar,
+            passed: enough && error.is_none() && tally.measured <= trial.bar && tally.figures.iter().all(Figure::holds),
             command: trial.command(form),
             worst: tally.worst,
+            table: tally.table.into_iter().map(|(name, cells)| (name, row(cells))).collect(),
             counts: tally.counts,
+            figures: tally.figures,
             failures: tally.failures,
             error,
             seconds: (took.as_secs_f64() * 10.0).round() / 10.0,
@@ -99,7 +112,7 @@ impl Record {
 mod tests {
     use super::*;
 
-    fn of(fill: fn(&mut Tally), error: Option<String>) -> Record {
+    fn of(fill: impl FnOnce(&mut Tally), error: Option<String>) -> Record {
         let trial =
             Trial { id: "R-00", title: "", claim: "", unit: "", bar: 1.0, bounded: 0, full: 2, run: |_, _| Ok(()) };
         let mut tally = Tally::default();
@@ -113,6 +126,33 @@ mod tests {
         assert!(of(|t| t.value("a", 1.0), None).passed);
         assert!(!of(|t| t.value("a", 1.1), None).passed);
         assert!(!of(|t| t.value("a", 1.0), Some("ended".into())).passed);
+        use crate::Bar::{AtLeast, AtMost};
+        for (value, bar, passed) in [
+            (1.0, Some(AtMost(1.0)), true),
+            (1.1, Some(AtMost(1.0)), false),
+            (0.9, Some(AtLeast(0.98)), false),
+            (0.98, Some(AtLeast(0.98)), true),
+            (f64::NAN, Some(AtMost(1.0)), false),
+            (f64::NAN, None, true),
+        ] {
+            let figure =
+                crate::Figure { name: String::new(), value: value.is_finite().then_some(value), bar, worst: None };
+            assert_eq!(figure.holds(), passed, "{figure:?}");
+        }
+        let further = |t: &mut Tally| {
+            t.value("a", 1.0);
+            t.figure("b", 2.0, Some(AtMost(1.0)));
+        };
+        assert!(!of(further, None).passed);
+        const BESIDE: crate::Limit = crate::Limit { unit: "b", bar: 2.0 };
+        let beside = |value: f64| {
+            let fill = |t: &mut Tally| {
+                t.value("a", 1.0);
+                t.beside(&BESIDE, "a", value);
+            };
+            of(fill, None).passed
+        };
+        assert!(beside(2.0) && !beside(2.1) && !beside(f64::NAN));
         let nothing = of(|t| t.value("a", f64::NAN), None);
         assert!(!nothing.passed && nothing.measured.is_none());
         assert!(

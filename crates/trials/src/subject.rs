@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Attached, Origin, attach};
+use espalier_adapters::adapter::EvidenceKind;
+use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::{folder, safetensors};
 use espalier_adapters::random::{normal, stream};
-use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut};
+use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut, Site};
 use espalier_models::{LoadOptions, Model, TokenBatch};
 
-use crate::root;
+use crate::golden;
 
 /// Golden models for adapters made here: a tied table and grouped heads, and weights that files keep transposed.
 const BASES: [&str; 2] = ["families/llama_gqa_tied", "families/gpt2"];
@@ -34,31 +35,12 @@ enum Kind {
     Example(Box<MethodConfig>),
 }
 
-fn golden() -> PathBuf {
-    root().join("parity/golden")
-}
-
-/// Every folder of an adapter that PEFT wrote, sorted.
-fn written_by_peft() -> Result<Vec<PathBuf>> {
-    let folder = golden().join("adapters");
-    let entries = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
-    let mut paths = entries.map(|e| Ok(e?.path())).collect::<Result<Vec<_>>>()?;
-    paths.retain(|path| path.join(folder::CONFIG_FILE).is_file());
-    paths.sort();
-    Ok(paths)
-}
-
-fn name_of(path: &Path) -> String {
-    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-/// Golden adapters that are refused with a reason, by name: they are no subjects.
+/// Golden adapters that are refused with a reason, by name: they are no subjects. What is refused is tried with R-01.
 ///
 /// # Errors
 /// If the golden files cannot be listed.
 pub fn refused() -> Result<Vec<String>> {
-    let refused = |path: &PathBuf| folder::read_config(path).is_err();
-    Ok(written_by_peft()?.iter().filter(|path| refused(path)).map(|path| name_of(path)).collect())
+    Ok(golden::cases()?.into_iter().filter(|case| case.refused.is_some()).map(|case| case.name).collect())
 }
 
 /// Every subject there is.
@@ -67,15 +49,13 @@ pub fn refused() -> Result<Vec<String>> {
 /// If the golden files cannot be read.
 pub fn all() -> Result<Vec<Subject>> {
     let mut all = Vec::new();
-    for path in written_by_peft()? {
-        let Ok(config) = folder::read_config(&path) else { continue };
-        let base = config.base.with_context(|| format!("{}: no base is named", name_of(&path)))?;
-        all.push(Subject { name: name_of(&path), base: golden().join(base), origin: Kind::Golden(path) });
+    for case in golden::cases()?.into_iter().filter(|case| case.refused.is_none()) {
+        all.push(Subject { name: case.name, base: case.base, origin: Kind::Golden(case.path) });
     }
     for base in BASES {
         all.extend(MethodConfig::examples().into_iter().map(|(name, method)| Subject {
             name: format!("{name} on {base}"),
-            base: golden().join(base),
+            base: golden::folder().join(base),
             origin: Kind::Example(Box::new(method)),
         }));
     }
@@ -113,11 +93,10 @@ impl Subject {
                 }
                 Kind::Example(method) => method.as_ref().clone(),
             };
-            let attached = attach(model, &AdapterConfig::new(method), Origin::Seed(1), DType::F32, &Device::Cpu)?;
-            for p in attached.parameters.trainable() {
-                let noise = normal(&mut stream(2, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
-                p.var()?.set(&(p.tensor.detach() + noise)?)?;
-            }
+            let config = AdapterConfig::new(method);
+            let attached =
+                attach_from_data(model, &config, (1, 1e-3), DType::F32, &Device::Cpu, &mut evidence(&config))?;
+            off_start(&attached, 2)?;
             Ok(attached)
         };
         made().with_context(|| self.name.clone())
@@ -139,11 +118,35 @@ impl Subject {
     }
 }
 
+/// What the data of no task says at a site, for methods that start from data.
+pub(crate) fn evidence(config: &AdapterConfig) -> impl FnMut(&Site) -> espalier_adapters::Result<Tensor> {
+    let kind = config.method.wanted().map(|wanted| wanted.kind);
+    move |site| {
+        let draw = |shape| normal(&mut stream(3, &site.path), MOVED, shape, &Device::Cpu);
+        match kind {
+            Some(EvidenceKind::Gradient) => draw((site.d_out, site.d_in)),
+            _ => draw((site.d_in, site.d_in)).and_then(|x| Ok(x.matmul(&x.t()?)?)),
+        }
+    }
+}
+
+/// Moves every trained tensor of a fresh adapter off its start, by noise of the stream `seed`.
+///
+/// # Errors
+/// If a tensor is no variable.
+pub fn off_start(attached: &Attached, seed: u64) -> Result<()> {
+    for p in attached.parameters.trainable() {
+        let noise = normal(&mut stream(seed, &p.name), MOVED, p.tensor.shape(), &Device::Cpu)?;
+        p.var()?.set(&(p.tensor.detach() + noise)?)?;
+    }
+    Ok(())
+}
+
 /// A set with `adapter` as its only one, acting.
 ///
 /// # Errors
 /// If it does not fit the model.
-pub fn acting(model: &mut Model, adapter: Attached) -> Result<AdapterSet> {
+pub fn acting(model: &mut dyn Host, adapter: Attached) -> Result<AdapterSet> {
     let mut set = AdapterSet::new();
     set.add("a", adapter)?;
     set.activate(model, &[("a", 1.0)])?;
@@ -162,6 +165,19 @@ pub fn scores(model: &Model) -> Result<Tensor> {
     Ok(scores.detach().to_dtype(DType::F32)?)
 }
 
+/// All values, in f64.
+///
+/// # Errors
+/// If they cannot be read.
+pub fn values(t: &Tensor) -> Result<Vec<f64>> {
+    Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// Greatest absolute value; infinite where one is no number.
+pub fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().map(f64::abs).fold(0.0, |m, d| if d >= 0.0 { d.max(m) } else { f64::INFINITY })
+}
+
 /// Greatest absolute difference; infinite where something is no number or the shapes differ.
 ///
 /// # Errors
@@ -170,9 +186,16 @@ pub fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     if a.dims() != b.dims() {
         return Ok(f64::INFINITY);
     }
-    let values = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
-    let pairs = values(a)?.into_iter().zip(values(b)?);
-    Ok(pairs.map(|(x, y)| (x - y).abs()).fold(0.0, |m, d| if d >= 0.0 { d.max(m) } else { f64::INFINITY }))
+    Ok(largest(values(a)?.into_iter().zip(values(b)?).map(|(x, y)| x - y)))
+}
+
+/// Greatest absolute difference over the greatest absolute value of `b`.
+///
+/// # Errors
+/// If the values cannot be read.
+pub fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let (d, top) = (difference(a, b)?, largest(values(b)?));
+    Ok(if d == 0.0 { 0.0 } else { d / top })
 }
 
 /// Every weight and bias that the model computes with now, byte for byte; quantised ones as what they stand for.

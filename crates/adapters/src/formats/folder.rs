@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{atomic, copies, gguf_adapter, mlx, peft_config, safetensors, tied};
-use crate::attach::{Attached, BaseCheck, Origin, attach, candidates};
+pub use super::base_mark::{BASE_HASH_KEY, BASE_SETTINGS_KEY};
+use super::{atomic, base_mark, copies, gguf_adapter, mlx, peft_config, safetensors, tied};
+use crate::attach::{Attached, Origin, attach_part, candidates};
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
 use crate::parameter::ParameterMap;
@@ -17,9 +18,9 @@ use crate::{Error, Result};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the weights file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// Metadata key of the base's content hash in the weights file.
-pub const BASE_HASH_KEY: &str = "espalier.base_hash";
 
+/// Values that are looked at at once.
+const CHECKED: usize = 1 << 16;
 const PREFIX: &str = "base_model.model.";
 /// Prefix of tensors that belong to no module: those that all sites share.
 const SHARED_PREFIX: &str = "base_model.";
@@ -68,43 +69,107 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     })
 }
 
+/// An adapter folder whose tensors are still in its file.
+#[derive(Debug)]
+pub(super) struct OpenFolder {
+    folder: PathBuf,
+    config: AdapterConfig,
+    file: safetensors::TensorFile,
+    /// Keys in the file by the model's names.
+    tensors: BTreeMap<String, String>,
+    /// The same of copies of the base's own weights.
+    copies: BTreeMap<String, String>,
+}
+
+impl OpenFolder {
+    /// Reads the settings and the header.
+    ///
+    /// # Errors
+    /// If a file is missing, truncated or malformed, or a key is not of a known layout.
+    pub(super) fn open(folder: &Path) -> Result<Self> {
+        let mut config = read_config(folder)?;
+        let path = folder.join(WEIGHTS_FILE);
+        let file = safetensors::TensorFile::open(&path)?;
+        base_mark::take(&path, &mut config, &|key| file.metadata().get(key).cloned())?;
+        let (mut tensors, mut copies) = (BTreeMap::new(), BTreeMap::new());
+        for (key, ..) in file.entries() {
+            if let Some(path) = key.strip_prefix(PREFIX).and_then(|k| k.strip_suffix(".base_layer.weight")) {
+                copies.insert(format!("{path}.weight"), key);
+                continue;
+            }
+            let unnamed = || Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`"));
+            let name = name_of(&key).ok_or_else(unnamed)?;
+            if tensors.insert(name.clone(), key).is_some() {
+                return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
+            }
+        }
+        Ok(Self { folder: folder.to_owned(), config, file, tensors, copies })
+    }
+
+    /// The settings.
+    pub(super) fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+
+    /// Names of all tensors, in the model's naming.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Names of the base's own weights that are there once more.
+    pub(super) fn copies(&self) -> impl Iterator<Item = &str> {
+        self.copies.keys().map(String::as_str)
+    }
+
+    /// Shape of a tensor.
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.file.kind(self.tensors.get(name)?).ok().map(|(_, shape)| shape)
+    }
+
+    /// The tensors whose names are `wanted`.
+    ///
+    /// # Errors
+    /// If one of them cannot be read, is of no float type, or holds what is no number.
+    pub(super) fn read(&self, wanted: &dyn Fn(&str) -> bool) -> Result<AdapterFiles> {
+        let path = self.file.path();
+        let mut tensors = BTreeMap::new();
+        // What all sites share belongs to every part.
+        for (name, key) in self.tensors.iter().filter(|(name, _)| wanted(name) || !name.contains('.')) {
+            let tensor = self.file.load(key, &Device::Cpu)?;
+            if !tensor.dtype().is_float() {
+                let dtype = tensor.dtype().as_str();
+                return Err(Error::format(path, format!("tensor `{key}` has dtype {dtype}, expected a float type")));
+            }
+            check_finite(path, key, &tensor)?;
+            tensors.insert(name.clone(), tensor);
+        }
+        let copies = self.copies.iter().filter(|(name, _)| wanted(name));
+        let copies = copies.map(|(name, key)| Ok((name.clone(), self.file.load(key, &Device::Cpu)?)));
+        let copies = copies.collect::<Result<_>>()?;
+        let mut config = self.config.clone();
+        config.method.settle(&tensors);
+        Ok(AdapterFiles { path: self.folder.clone(), config, tensors, copies, gguf: None })
+    }
+}
+
 /// Reads an adapter folder.
 ///
 /// # Errors
 /// If a file is missing, truncated or malformed, or a key is not of a known layout.
 pub fn read(folder: &Path) -> Result<AdapterFiles> {
-    let mut config = read_config(folder)?;
-    let path = folder.join(WEIGHTS_FILE);
-    let file = safetensors::MappedFile::open(&path)?;
-    config.base_hash = file.metadata().get(BASE_HASH_KEY).cloned();
-    let mut tensors = BTreeMap::new();
-    let mut copies = BTreeMap::new();
-    for (key, tensor) in file.load_all(&Device::Cpu)? {
-        if let Some(path) = key.strip_prefix(PREFIX).and_then(|k| k.strip_suffix(".base_layer.weight")) {
-            copies.insert(format!("{path}.weight"), tensor);
-            continue;
-        }
-        let name = name_of(&key)
-            .ok_or_else(|| Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`")))?;
-        if !tensor.dtype().is_float() {
-            let dtype = tensor.dtype().as_str();
-            return Err(Error::format(&path, format!("tensor `{key}` has dtype {dtype}, expected a float type")));
-        }
-        check_finite(&path, &key, &tensor)?;
-        if tensors.insert(name.clone(), tensor).is_some() {
-            return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
-        }
-    }
-    config.method.settle(&tensors);
-    Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies, gguf: None })
+    OpenFolder::open(folder)?.read(&|_| true)
 }
 
 pub(super) fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()> {
-    let sum = tensor.to_dtype(DType::F32)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
-    match sum.iter().position(|v| !v.is_finite()) {
-        Some(i) => Err(Error::format(path, format!("tensor `{key}` holds NaN or infinity (value {i})"))),
-        None => Ok(()),
+    let flat = tensor.flatten_all()?;
+    let count = flat.elem_count();
+    for start in (0..count).step_by(CHECKED) {
+        let values = flat.narrow(0, start, CHECKED.min(count - start))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        if let Some(i) = values.iter().position(|v| !v.is_finite()) {
+            return Err(Error::format(path, format!("tensor `{key}` holds NaN or infinity (value {})", start + i)));
+        }
     }
+    Ok(())
 }
 
 /// The model's own name of a tensor in a file.
@@ -162,20 +227,24 @@ pub fn load(
     dtype: DType,
     device: &Device,
 ) -> Result<Attached> {
-    let mut files = gguf_adapter::resolve(host, files)?;
-    let base = match &files.config.base_hash {
-        None => BaseCheck::NoHash,
-        Some(expected) => {
-            let found = host.base_hash()?;
-            match (*expected == found, allow_base) {
-                (true, _) => BaseCheck::Same,
-                (false, true) => BaseCheck::Forced,
-                (false, false) => {
-                    return Err(Error::WrongBase { path: files.path, expected: expected.clone(), found });
-                }
-            }
-        }
-    };
+    let files = gguf_adapter::resolve(host, files)?;
+    let base = base_mark::check(host, &files.config, &files.path, allow_base)?;
+    let attached = load_part(host, files, &|_| true, dtype, device)?;
+    Ok(Attached { base, ..attached })
+}
+
+/// Builds what the adapter of `files` has at the modules whose paths are `wanted`; `files` hold the tensors of these modules alone,
+/// and their base was checked.
+///
+/// # Errors
+/// As [`load`].
+pub(super) fn load_part(
+    host: &mut dyn Host,
+    mut files: AdapterFiles,
+    wanted: &dyn Fn(&str) -> bool,
+    dtype: DType,
+    device: &Device,
+) -> Result<Attached> {
     let turned = transposed(host)?;
     for (name, tensor) in &mut files.tensors {
         if is_transposed(name, &turned) {
@@ -191,8 +260,8 @@ pub fn load(
     if files.config.tie_weights {
         tied::take(host, &path, &mut files.tensors)?;
     }
-    let attached = attach(host, &files.config, Origin::File { path: &path, tensors: files.tensors }, dtype, device)?;
-    Ok(Attached { base, ..attached })
+    let origin = Origin::File { path: &path, tensors: files.tensors };
+    attach_part(host, &files.config, origin, wanted, dtype, device)
 }
 
 /// The parameters as they are saved, with the settings that go with them: portable where the method would otherwise need
@@ -260,9 +329,26 @@ fn trains_embedding(host: &mut dyn Host, adapter: &Attached) -> Result<bool> {
 /// # Errors
 /// If a file cannot be written; an earlier one is whole then.
 pub fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Saved> {
-    let (mut config, parameters) = portable(adapter)?;
+    write(host, adapter, portable(adapter)?, folder)
+}
+
+/// Writes the first `rank` components of an adapter into `folder`, as [`save`] does.
+///
+/// # Errors
+/// As [`save`]; if the adapter's products are not nested or have no such rank.
+pub fn save_cut(host: &mut dyn Host, adapter: &Attached, rank: usize, folder: &Path) -> Result<Saved> {
+    write(host, adapter, adapter.cut(rank)?, folder)
+}
+
+fn write(
+    host: &mut dyn Host,
+    adapter: &Attached,
+    (mut config, parameters): (AdapterConfig, ParameterMap),
+    folder: &Path,
+) -> Result<Saved> {
     config.targets.target_modules = listed_targets(host, adapter)?;
-    let hash = host.base_hash()?;
+    let mut metadata = base_mark::of(host)?;
+    metadata.insert("format".to_owned(), "pt".to_owned());
     let turned = transposed(host)?;
     let layers: BTreeSet<&str> = adapter.placement.sites.iter().map(|s| s.path.as_str()).collect();
     let mut entries = Vec::with_capacity(parameters.len());
@@ -274,7 +360,6 @@ pub fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Result<Sa
     let repeated = if config.tie_weights { tied::repeated(host, &parameters)? } else { Vec::new() };
     entries.extend(repeated.iter().map(|(name, t)| safetensors::Entry::of(format!("{PREFIX}{name}"), t)));
     let tensors = entries.len();
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), (BASE_HASH_KEY.to_owned(), hash)]);
     let json = peft_config::to_json(&config, trains_embedding(host, adapter)?)?;
     let text =
         serde_json::to_string_pretty(&json).map_err(|e| Error::format(folder.join(CONFIG_FILE), e.to_string()))?;

@@ -24,8 +24,12 @@ pub enum Form {
     Pickle,
     /// Factors of a diffusion model by their place in a walk (cloneofsimo/lora).
     Cloneofsimo,
-    /// Factors of a diffusion model by flattened names (kohya).
+    /// Factors of a diffusion model by flattened names (kohya's scripts, Musubi, LyCORIS).
     Kohya,
+    /// Factors of a diffusion model by the names of diffusers.
+    Diffusers,
+    /// Factors of a diffusion model by the names of its first publication (ComfyUI, XLabs).
+    Original,
     /// Nothing that is known here.
     Unknown,
 }
@@ -40,6 +44,8 @@ impl fmt::Display for Form {
             Self::Pickle => "PEFT folder with pickled weights",
             Self::Cloneofsimo => "image-model adapter of cloneofsimo/lora",
             Self::Kohya => "image-model adapter of kohya's scripts",
+            Self::Diffusers => "image-model adapter of diffusers",
+            Self::Original => "image-model adapter under the model's first names (ComfyUI, XLabs)",
             Self::Unknown => "unknown layout",
         })
     }
@@ -68,7 +74,9 @@ impl Form {
             Self::Cloneofsimo => {
                 Some("its tensors are numbered by a walk over an image model, and image models are not read here")
             }
-            Self::Kohya => Some("its tensors belong to an image model, and image models are not read here"),
+            Self::Kohya | Self::Diffusers | Self::Original => {
+                Some("its tensors belong to an image model, and image models are not read here")
+            }
             Self::Unknown => Some(
                 "neither a PEFT folder (adapter_config.json and adapter_model.safetensors) nor a file of low-rank factors; \
                  where a folder holds such a file, name the file itself",
@@ -111,14 +119,20 @@ pub fn detect(path: &Path) -> Form {
     if gguf_adapter::is_adapter(path) {
         return Form::Gguf;
     }
-    let Ok(file) = safetensors::MappedFile::open(path) else { return Form::Unknown };
-    let entries = file.entries().unwrap_or_default();
+    let Ok(file) = safetensors::TensorFile::open(path) else { return Form::Unknown };
+    let entries = file.entries();
     let any = |test: &dyn Fn(&str) -> bool| entries.iter().any(|(name, ..)| test(name));
+    let starts = |name: &str, heads: &[&str]| heads.iter().any(|head| name.starts_with(head));
+    let is_factor = |name: &str| name.contains("lora");
     if any(&|n| n.ends_with(".lora_A")) && any(&|n| n.ends_with(".lora_B")) {
         Form::Loralib
     } else if any(&|n| n.starts_with("unet:") || n.starts_with("text_encoder:")) {
         Form::Cloneofsimo
-    } else if any(&|n| n.ends_with(".lora_down.weight")) {
+    } else if any(&|n| starts(n, &["diffusion_model.", "double_blocks.", "single_blocks."])) {
+        Form::Original
+    } else if any(&|n| starts(n, &["unet.", "transformer.", "text_encoder.", "text_encoder_2."]) && is_factor(n)) {
+        Form::Diffusers
+    } else if any(&|n| n.ends_with(".lora_down.weight") || starts(n, &["lora_unet_", "lora_te", "lycoris_"])) {
         Form::Kohya
     } else {
         Form::Unknown
@@ -183,7 +197,7 @@ pub fn claim(form: Form, folder: &Path, base: Option<&Path>) -> Result<()> {
     // The settings file has one name in both layouts.
     let same = more.is_none() && first == form.names().first().copied();
     let marked = |name: &str| {
-        let file = safetensors::MappedFile::open(&folder.join(name));
+        let file = safetensors::TensorFile::open(&folder.join(name));
         file.is_ok_and(|f| f.metadata().contains_key(BASE_HASH_KEY))
     };
     match same && first.is_some_and(marked) {

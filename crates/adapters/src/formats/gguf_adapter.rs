@@ -13,9 +13,8 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
-use super::folder::{AdapterFiles, BASE_HASH_KEY, Saved, check_finite};
-use super::products;
-use super::{atomic, gguf};
+use super::folder::{AdapterFiles, Saved, check_finite};
+use super::{atomic, base_mark, gguf, products};
 use crate::attach::Attached;
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
@@ -103,8 +102,8 @@ pub(super) fn read(path: &Path) -> Result<AdapterFiles> {
         ..TargetSpec::default()
     };
     let method = MethodConfig::Lora(Lora { r, alpha: if alpha == 0.0 { r as f64 } else { alpha }, ..Lora::default() });
-    let base_hash = text(BASE_HASH_KEY);
-    let config = AdapterConfig { targets, base_hash, tie_weights: false, ..AdapterConfig::new(method) };
+    let mut config = AdapterConfig { targets, tie_weights: false, ..AdapterConfig::new(method) };
+    base_mark::take(path, &mut config, &text)?;
     let gguf = Some(architecture);
     Ok(AdapterFiles { path: path.to_owned(), config, tensors, copies: BTreeMap::new(), gguf })
 }
@@ -224,9 +223,10 @@ pub(super) fn save(host: &mut dyn Host, adapter: &Attached, path: &Path) -> Resu
         ("general.name", Value::String(adapter.config.base.clone().unwrap_or_default())),
         ("adapter.type", Value::String("lora".into())),
         (ALPHA, Value::F32(alpha as f32)),
-        (BASE_HASH_KEY, Value::String(host.base_hash()?)),
     ];
-    let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let marks: Vec<(String, Value)> = base_mark::of(host)?.into_iter().map(|(k, v)| (k, Value::String(v))).collect();
+    let mut metadata: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    metadata.extend(marks.iter().map(|(key, value)| (key.as_str(), value)));
     let listed: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
     let mut file = std::io::Cursor::new(Vec::new());
     gguf_file::write(&mut file, &metadata, &listed)?;

@@ -13,9 +13,9 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::folder::{AdapterFiles, BASE_HASH_KEY, CONFIG_FILE, Saved, check_finite};
+use super::folder::{AdapterFiles, CONFIG_FILE, Saved, check_finite};
 use super::products::{self, Product};
-use super::{atomic, safetensors};
+use super::{atomic, base_mark, safetensors};
 use crate::attach::Attached;
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
@@ -90,7 +90,7 @@ pub(super) fn read(folder: &Path) -> Result<AdapterFiles> {
     let config_path = folder.join(CONFIG_FILE);
     let settings = settings(&config_path)?;
     let path = folder.join(WEIGHTS_FILE);
-    let file = safetensors::MappedFile::open(&path)?;
+    let file = safetensors::TensorFile::open(&path)?;
     let mut tensors = BTreeMap::new();
     let mut modules = BTreeSet::new();
     for (key, tensor) in file.load_all(&Device::Cpu)? {
@@ -119,8 +119,8 @@ pub(super) fn read(folder: &Path) -> Result<AdapterFiles> {
     };
     let targets =
         TargetSpec { target_modules: Pattern::Endings(modules.into_iter().collect()), ..TargetSpec::default() };
-    let base_hash = file.metadata().get(BASE_HASH_KEY).cloned();
-    let config = AdapterConfig { targets, base: settings.model, base_hash, ..AdapterConfig::new(method) };
+    let mut config = AdapterConfig { targets, base: settings.model, ..AdapterConfig::new(method) };
+    base_mark::take(&path, &mut config, &|key| file.metadata().get(key).cloned())?;
     Ok(AdapterFiles { path: folder.to_owned(), config, tensors, copies: BTreeMap::new(), gguf: None })
 }
 
@@ -216,7 +216,7 @@ pub(super) fn save(host: &mut dyn Host, adapter: &Attached, folder: &Path) -> Re
         "model": adapter.config.base,
         "num_layers": layers,
     });
-    let metadata = BTreeMap::from([(BASE_HASH_KEY.to_owned(), host.base_hash()?)]);
+    let metadata = base_mark::of(host)?;
     let (tensors, mut bytes) = (entries.len(), 0);
     atomic::replace_files(folder, &[WEIGHTS_FILE, CONFIG_FILE], |temp| {
         bytes = safetensors::write(&temp.join(WEIGHTS_FILE), entries, &metadata)?;

@@ -2,8 +2,10 @@
 //! crate that opens files.
 
 pub mod atomic;
+mod base_mark;
 pub mod check;
 mod copies;
+pub mod faults;
 pub mod folder;
 pub mod forms;
 pub mod gguf;
@@ -13,6 +15,8 @@ mod loralib;
 pub mod mlx;
 mod outline;
 pub mod peft_config;
+pub mod piecewise;
 mod products;
 pub mod safetensors;
+pub mod sum;
 mod tied;

@@ -119,6 +119,7 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
         base: take("base_model_name_or_path").map(|v| parse("base_model_name_or_path", v)).transpose()?,
         revision: take("revision").map(|v| parse("revision", v)).transpose()?,
         base_hash: None,
+        base_settings: None,
         method,
     };
     match keys.into_iter().find(|(key, value)| !INFORMATIVE.contains(&key.as_str()) && !is_unset(value)) {

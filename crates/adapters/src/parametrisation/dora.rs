@@ -5,6 +5,7 @@
 //! Source:   arXiv 2402.09353 eq. 5 and section 4.3; norms by ||W||^2 + 2 s <W A^T, B> + s^2 ||B A||^2
 //! Cost:     LoRA's, plus 2 r d_in d_out FLOPs a forward pass (not per token); d_out parameters more a layer
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
@@ -109,8 +110,17 @@ impl Adapter for DoraLayer {
         Ok(Some(map))
     }
 
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let magnitude = self.magnitude.detach().narrow(0, rows.start, rows.len())?.contiguous()?;
+        Ok(Some(Arc::new(Self { lora: self.lora.of_rows(&rows)?, magnitude, base_square: OnceLock::new() })))
+    }
+
     fn low_rank(&self, base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {
         self.view(base).map(Some)
+    }
+
+    fn holds(&self) -> Option<&'static str> {
+        Some("the norm of W + s B A is not differentiated (arXiv 2402.09353 section 4.3)")
     }
 
     fn dropout(&self) -> f64 {

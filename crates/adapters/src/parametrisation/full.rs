@@ -5,6 +5,7 @@
 //! Source:   the baseline every low-rank method is measured against
 //! Cost:     2 d_in d_out FLOPs a token forward, 4 d_in d_out backward; d_in d_out parameters a layer
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -28,8 +29,8 @@ impl Method for Full {
                 "a table is trained whole by naming it in modules_to_save",
             ));
         }
-        let start = site.base.dequantize(init.dtype)?;
-        Ok(FullLayer { weight: init.copy_of("weight", &start)? })
+        let (base, dtype) = (&site.base, init.dtype);
+        Ok(FullLayer { weight: init.copy_with("weight", base.dims(), || Ok(base.dequantize(dtype)?))? })
     }
 }
 
@@ -54,6 +55,11 @@ impl Adapter for FullLayer {
     fn delta(&self, base: &Arc<FrozenWeight>) -> Result<Option<Tensor>> {
         let base = base.dequantize(DType::F32)?;
         Ok(Some((self.weight.detach().to_dtype(DType::F32)? - base)?))
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        let weight = self.weight.detach().narrow(0, rows.start, rows.len())?.contiguous()?;
+        Ok(Some(Arc::new(Self { weight })))
     }
 
     fn parameters(&self) -> ParameterMap {

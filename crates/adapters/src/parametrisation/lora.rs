@@ -5,6 +5,7 @@
 //! Source:   arXiv 2106.09685 eq. 3; rank-stabilised scaling arXiv 2312.03732
 //! Cost:     2 r (d_in + d_out) FLOPs a token forward, twice that backward; r (d_in + d_out) parameters a layer
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -200,6 +201,20 @@ impl LoraLayer {
         LowRankView::new(&self.a, &self.b, self.scale).residual(self.residual())
     }
 
+    /// A, and the rows `rows` of B and of the residual.
+    pub(crate) fn of_rows(&self, rows: &Range<usize>) -> Result<Self> {
+        let cut = |t: &Tensor| -> Result<Tensor> { Ok(t.detach().narrow(0, rows.start, rows.len())?.contiguous()?) };
+        let moved = match &self.moved {
+            None => None,
+            Some(moved) => Some(Moved {
+                residual: Arc::new(FrozenWeight::dense(moved.residual.rows(rows.clone())?)?),
+                a: moved.a.clone(),
+                b: cut(&moved.b)?,
+            }),
+        };
+        Ok(Self { path: self.path.clone(), a: self.a.detach(), b: cut(&self.b)?, moved, ..*self })
+    }
+
     /// The frozen weight in place of the base, where the initialisation took a part of it.
     pub(crate) fn residual(&self) -> Option<&Arc<FrozenWeight>> {
         self.moved.as_ref().map(|m| &m.residual)
@@ -229,6 +244,10 @@ impl Adapter for LoraLayer {
         map.push_as(name_a, &Tensor::cat(&[&a, &moved.a.to_dtype(a.dtype())?], 0)?, true, Role::Down);
         map.push_as(name_b, &Tensor::cat(&[&b, &moved.b.to_dtype(b.dtype())?.neg()?], 1)?, true, Role::Up);
         Ok(Some(map))
+    }
+
+    fn rows(&self, rows: Range<usize>) -> Result<Option<Arc<dyn Adapter>>> {
+        Ok(Some(Arc::new(self.of_rows(&rows)?)))
     }
 
     fn low_rank(&self, _base: &Arc<FrozenWeight>) -> Result<Option<LowRankView>> {

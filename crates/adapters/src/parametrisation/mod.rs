@@ -105,6 +105,11 @@ macro_rules! methods {
                 match self { $(Self::$config(method) => method.portable().map(|(m, r, a)| (Self::$config(m), r, a)),)* }
             }
 
+            /// The method of the first `rank` components, where they work by themselves.
+            pub fn cut(&self, rank: usize) -> Option<Self> {
+                match self { $(Self::$config(method) => method.cut(rank),)* }
+            }
+
             /// Settings under PEFT's keys, or None where PEFT lacks the method.
             pub fn to_peft(&self) -> Option<Map<String, Value>> {
                 match self { $(Self::$config(method) => method.to_peft(),)* }
@@ -149,6 +154,8 @@ methods! {
     codyra::Codyra = "codyra";
     /// Weight-decomposed low-rank adaptation.
     dora::Dora = "dora";
+    /// A product whose first components work by themselves.
+    dylora::Dylora = "dylora";
     /// Few entries of the change's spectrum.
     fourierft::Fourierft = "fourierft";
     /// Chains of Householder reflections of the inputs.

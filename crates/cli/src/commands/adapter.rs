@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
-use espalier_adapters::formats::check;
+use espalier_adapters::formats::{check, folder};
 use serde::Serialize;
 
 use super::model_args::ModelArgs;
 use crate::output::{Output, bytes, count};
 
-/// Judges adapter files.
+/// Judges adapter files, and cuts nested ones.
 #[derive(Debug, Args)]
 pub(crate) struct Adapter {
     #[command(subcommand)]
@@ -22,6 +22,41 @@ pub(crate) struct Adapter {
 enum Command {
     /// Say what an adapter is and what is wrong with it; with a base, attach it as well. Exit code 1 on any fault.
     Check(Check),
+    /// Write the first components of a nested adapter (method dylora) as a plain one that PEFT reads.
+    Cut(Cut),
+}
+
+#[derive(Debug, Args)]
+struct Cut {
+    /// Folder of the adapter.
+    path: PathBuf,
+    /// Folder of the new one.
+    out: PathBuf,
+    /// Components to keep.
+    #[arg(long)]
+    rank: usize,
+    /// Base it was trained on: model folder, .gguf file or hub id; the embedded seedling if absent.
+    #[arg(long, default_value = "")]
+    model: String,
+    /// Use it although it was made for another base.
+    #[arg(long)]
+    allow_base: bool,
+}
+
+/// What a cut wrote.
+#[derive(Debug, Serialize)]
+struct Written {
+    path: PathBuf,
+    rank: usize,
+    tensors: usize,
+    bytes: u64,
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (rank, tensors) = (self.rank, self.tensors);
+        write!(f, "{}: rank {rank}, {tensors} tensors, {}", self.path.display(), bytes(self.bytes))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -90,7 +125,18 @@ impl Adapter {
     pub(crate) fn run(self, out: Output) -> Result<()> {
         match self.command {
             Command::Check(check) => check.run(out),
+            Command::Cut(cut) => cut.run(out),
         }
+    }
+}
+
+impl Cut {
+    fn run(self, out: Output) -> Result<()> {
+        let args = ModelArgs::of(&self.model, &self.path.display().to_string(), None, self.allow_base);
+        let mut loaded = args.load(out)?;
+        let name = loaded.adapters.names().next().unwrap_or_default().to_owned();
+        let saved = folder::save_cut(&mut loaded.model, loaded.adapters.get(&name)?, self.rank, &self.out)?;
+        out.result(&Written { path: self.out, rank: self.rank, tensors: saved.tensors, bytes: saved.bytes })
     }
 }
 

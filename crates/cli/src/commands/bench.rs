@@ -50,6 +50,12 @@ struct ShapeArgs {
     /// Method of the adapter.
     #[arg(long, default_value = "lora")]
     method: String,
+    /// Keys of its [adapter] table beside rank and alpha, as TOML: 'target_modules = ["q_proj"]'.
+    #[arg(long, default_value = "")]
+    adapter: String,
+    /// Keys of the [dynamics] table, as TOML: 'method = "lora-pro"'.
+    #[arg(long, default_value = "")]
+    dynamics: String,
     /// The same as --method dora.
     #[arg(long)]
     dora: bool,
@@ -78,6 +84,8 @@ impl ShapeArgs {
             vocab: self.vocab,
             rank: self.rank,
             method: if self.dora { "dora".into() } else { self.method.clone() },
+            adapter: self.adapter.clone(),
+            dynamics: self.dynamics.clone(),
             device: self.device.clone(),
             dtype: dtype.into(),
         }

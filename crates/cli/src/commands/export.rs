@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use espalier_adapters::formats::forms;
-use espalier_models::export::{ExportOptions, copy_companions};
+use espalier_models::export::ExportOptions;
 use espalier_train::merge::{self, WriteOptions};
 use espalier_train::{export, merge::Written};
 use serde::Serialize;
 
-use super::model_args::{Loaded, ModelArgs};
+use super::model_args::{ModelArgs, Opened};
 use super::probe::ProbeArgs;
 use crate::output::Output;
 
@@ -28,7 +28,7 @@ enum Form {
     Model,
 }
 
-/// Saves an adapter in another form (checked against its base), or a base in another dtype.
+/// Saves an adapter in another form, the weighted sum of several as one (checked against their base), or a base in another dtype.
 #[derive(Debug, Args)]
 pub(crate) struct Export {
     #[command(flatten)]
@@ -63,7 +63,13 @@ impl fmt::Display for Report {
         write!(f, "{}: {} tensors, {}", self.path.display(), self.tensors, crate::output::bytes(self.bytes))?;
         let Some(written) = &self.verified else { return Ok(()) };
         writeln!(f)?;
-        super::probe::figures(f, "the files against the model in memory", &written.comparison, &written.probe)
+        super::probe::figures(
+            f,
+            "the files against the model they were made from",
+            &written.comparison,
+            &written.probe,
+        )?;
+        super::probe::memory(f, written.memory)
     }
 }
 
@@ -72,23 +78,24 @@ impl Export {
         if self.probe.is_given() && !self.verify {
             bail!("--probe and --tolerance have no use without --verify");
         }
-        let mut loaded = self.model.load(out)?;
+        let mut opened = self.model.open(out)?;
         let report = match self.form {
-            Form::Peft => self.adapter(&mut loaded, forms::Form::Peft)?,
-            Form::Mlx => self.adapter(&mut loaded, forms::Form::Mlx)?,
-            Form::GgufAdapter => self.adapter(&mut loaded, forms::Form::Gguf)?,
-            Form::Model => self.base(&mut loaded)?,
+            Form::Peft => self.adapter(&mut opened, forms::Form::Peft)?,
+            Form::Mlx => self.adapter(&mut opened, forms::Form::Mlx)?,
+            Form::GgufAdapter => self.adapter(&mut opened, forms::Form::Gguf)?,
+            Form::Model => self.base(&mut opened)?,
         };
         out.result(&report)
     }
 
-    fn options(&self, loaded: &Loaded, export: ExportOptions) -> WriteOptions {
+    fn options(&self, opened: &Opened, export: ExportOptions) -> WriteOptions {
         WriteOptions {
-            limit: self.probe.limit(&loaded.model, &export),
+            limit: self.probe.limit(opened.options.dtype, &export),
             export,
             tokenizer: self.model.tokenizer.as_ref().map(PathBuf::from),
-            base: self.model.base_name(&loaded.model),
+            base: self.model.base_name(opened.model.provenance().path()),
             command: super::train::command_line(),
+            ..WriteOptions::new(&opened.options)
         }
     }
 
@@ -96,56 +103,34 @@ impl Export {
         Report { path: self.out.clone(), tensors: written.tensors, bytes: written.bytes, verified: Some(written) }
     }
 
-    fn adapter(&self, loaded: &mut Loaded, form: forms::Form) -> Result<Report> {
+    fn adapter(&self, opened: &mut Opened, form: forms::Form) -> Result<Report> {
         if self.save_dtype.is_some() {
             bail!("--save-dtype is for models; adapters are written in f32");
         }
-        let active = loaded.adapters.active().to_vec();
-        let [(name, weight)] = active.as_slice() else {
-            bail!("{} adapters given; exactly one can be written", active.len());
-        };
-        if *weight != 1.0 {
-            bail!("adapter {name} has the weight {weight}, which has no place in the file; give it without one");
-        }
         if self.verify {
-            let probe = self.probe.probe(loaded)?;
-            let options = self.options(loaded, ExportOptions::default());
-            let (model, adapters) = (&mut loaded.model, &mut loaded.adapters);
-            return Ok(self.report(export::adapter_verified(
-                model,
-                adapters,
-                (name, form),
-                &self.out,
-                &options,
-                &probe,
-            )?));
+            let probe = self.probe.probe(opened)?;
+            let options = self.options(opened, ExportOptions::default());
+            let Opened { model, adapters, .. } = opened;
+            return Ok(self.report(export::adapter_verified(model, adapters, form, &self.out, &options, &probe)?));
         }
-        forms::claim(form, &self.out, loaded.model.provenance().path())?;
-        let saved = forms::save(form, &mut loaded.model, loaded.adapters.get(name)?, &self.out)?;
+        let saved = export::adapter(&mut opened.model, &opened.adapters, form, &self.out)?;
         Ok(Report { path: self.out.clone(), tensors: saved.tensors, bytes: saved.bytes, verified: None })
     }
 
-    fn base(&self, loaded: &mut Loaded) -> Result<Report> {
+    fn base(&self, opened: &mut Opened) -> Result<Report> {
         if !self.model.adapter.is_empty() {
             bail!("adapters are not part of this form; use merge-into-base to write them into the weights");
         }
         let dtype = match self.save_dtype.as_deref() {
             None => None,
-            Some(name) => Some(espalier_train::setup::dtype(name, loaded.model.device())?),
+            Some(name) => Some(espalier_train::setup::dtype(name, &opened.options.device)?),
         };
-        let export = ExportOptions { dtype, ..ExportOptions::default() };
+        let options = self.options(opened, ExportOptions { dtype, ..ExportOptions::default() });
         if self.verify {
-            let probe = self.probe.probe(loaded)?;
-            let reference = probe.scores(&loaded.model)?;
-            let options = self.options(loaded, export);
-            let model = &mut loaded.model;
-            let written = merge::write_verified(model, &self.out, &options, &probe, &reference, "copy", Vec::new())?;
-            return Ok(self.report(written));
+            let probe = self.probe.probe(opened)?;
+            return Ok(self.report(merge::copy_verified(&mut opened.model, &self.out, &options, &probe)?));
         }
-        let exported = loaded.model.export(&self.out, &export)?;
-        if let Some(tokenizer) = &self.model.tokenizer {
-            copy_companions(std::path::Path::new(tokenizer), &self.out)?;
-        }
+        let exported = merge::copy_into_folder(&mut opened.model, &self.out, &options)?;
         Ok(Report { path: self.out.clone(), tensors: exported.tensors, bytes: exported.bytes, verified: None })
     }
 }

@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use candle_core::DType;
 use clap::Args;
 use espalier_adapters::AdapterSet;
+use espalier_adapters::formats::piecewise::{Piece, Piecewise};
 use espalier_adapters::formats::{folder, forms};
 use espalier_data::TextCodec;
-use espalier_models::Model;
+use espalier_models::{LoadOptions, Model, Streamed};
 use espalier_train::{Recipe, setup};
 
 use crate::output::Output;
@@ -34,7 +35,8 @@ pub(crate) struct ModelArgs {
     /// Dtype of activations and frozen weights: auto, f32, bf16, f16.
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: String,
-    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8.
+    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8, or a GGUF block type (q8_0, q6_k, q5_0,
+    /// q4_0, q4_k).
     #[arg(long, default_value = "none")]
     pub(crate) quantization: String,
     /// Use an adapter although it was made for another base.
@@ -43,6 +45,16 @@ pub(crate) struct ModelArgs {
     /// Scaling numerator of an adapter whose files hold none (loralib).
     #[arg(long, value_name = "ALPHA")]
     pub(crate) adapter_alpha: Option<f64>,
+}
+
+/// A model whose weights stay in their files, and adapters that stay in theirs.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) model: Streamed,
+    pub(crate) codec: TextCodec,
+    pub(crate) adapters: Piecewise,
+    /// How the model is read.
+    pub(crate) options: LoadOptions,
 }
 
 /// A loaded model.
@@ -85,11 +97,57 @@ impl ModelArgs {
     }
 
     /// The base's name for cards: as given, else its folder.
-    pub(crate) fn base_name(&self, model: &Model) -> String {
+    pub(crate) fn base_name(&self, path: Option<&Path>) -> String {
         match self.model.is_empty() {
-            true => model.provenance().path().map_or_else(String::new, |p| p.display().to_string()),
+            true => path.map_or_else(String::new, |p| p.display().to_string()),
             false => self.model.clone(),
         }
+    }
+
+    /// Where the model is, and how it is read.
+    fn place(&self) -> Result<(PathBuf, LoadOptions)> {
+        let recipe = Recipe {
+            model: self.model.clone(),
+            revision: self.revision.clone(),
+            device: self.device.clone(),
+            dtype: self.dtype.clone(),
+            quantization: self.quantization.clone(),
+            ..Recipe::default()
+        };
+        Ok((setup::model_path(&self.model, self.revision.as_deref())?, setup::load_options(&recipe)?))
+    }
+
+    /// Opens the model, its tokenizer and the adapters, and reads no weights.
+    pub(crate) fn open(&self, out: Output) -> Result<Opened> {
+        let (path, mut options) = self.place()?;
+        let mut model = Streamed::open(&path, &options)?;
+        let open = |model: &mut Streamed| -> Result<Piecewise> {
+            let mut adapters = Piecewise::new();
+            for (i, text) in self.adapter.iter().enumerate() {
+                let (name, folder, weight) = parse(text, i)?;
+                adapters.add(Piece::open(
+                    model.host(),
+                    (&name, &folder, weight),
+                    self.adapter_alpha,
+                    self.allow_base,
+                )?)?;
+            }
+            Ok(adapters)
+        };
+        let mut adapters = open(&mut model)?;
+        options.labels = labels(&path, head_rows(|name| adapters.rows_of(name)));
+        if options.labels.is_some() {
+            model = Streamed::open(&path, &options)?;
+            adapters = open(&mut model)?;
+        }
+        for piece in adapters.iter() {
+            let base = (piece.base, piece.config());
+            if let Some(note) = setup::base_note(base, model.config(), model.provenance().path(), &self.model) {
+                out.note(format!("adapter {}: {note}", piece.name));
+            }
+        }
+        let codec = setup::codec(&path, self.tokenizer.as_deref(), model.config())?;
+        Ok(Opened { model, codec, adapters, options })
     }
 
     /// Loads the model and its tokenizer, and puts the adapters into the slots.
@@ -103,22 +161,9 @@ impl ModelArgs {
                 Ok((name, weight, forms::read(&path, self.adapter_alpha)?))
             })
             .collect::<Result<Vec<_>>>()?;
-        let recipe = Recipe {
-            model: self.model.clone(),
-            revision: self.revision.clone(),
-            device: self.device.clone(),
-            dtype: self.dtype.clone(),
-            quantization: self.quantization.clone(),
-            ..Recipe::default()
-        };
-        let path = setup::model_path(&self.model, self.revision.as_deref())?;
-        let mut options = setup::load_options(&recipe)?;
-        // A classifier's adapter brings its head, whose size says how many labels there are.
-        options.labels = files.iter().find_map(|(.., f)| head_rows(f));
-        let config_labels = espalier_models::ModelConfig::read(&path).ok().and_then(|c| c.labels());
-        if config_labels.is_none() || config_labels == options.labels {
-            options.labels = None;
-        }
+        let (path, mut options) = self.place()?;
+        options.labels =
+            labels(&path, files.iter().find_map(|(.., f)| head_rows(|name| f.tensors.get(name)?.dim(0).ok())));
         let mut model = Model::load(&path, &options)?;
         let codec = setup::codec(&path, self.tokenizer.as_deref(), model.config())?;
         let mut adapters = AdapterSet::new();
@@ -126,7 +171,8 @@ impl ModelArgs {
         for (name, weight, files) in files {
             let device = model.device().clone();
             let attached = folder::load(&mut model, files, self.allow_base, DType::F32, &device)?;
-            if let Some(note) = setup::base_note(&attached, &model, &self.model) {
+            let base = (attached.base, &attached.config);
+            if let Some(note) = setup::base_note(base, model.config(), model.provenance().path(), &self.model) {
                 out.note(format!("adapter {name}: {note}"));
             }
             adapters.add(&name, attached)?;
@@ -138,8 +184,13 @@ impl ModelArgs {
     }
 }
 
-/// Rows of the classification head in an adapter's files.
-fn head_rows(files: &folder::AdapterFiles) -> Option<usize> {
-    let heads = ["classifier.weight", "classifier.out_proj.weight"];
-    heads.iter().find_map(|name| files.tensors.get(*name)?.dim(0).ok())
+/// Rows of the classification head in an adapter's files, by the rows of each tensor.
+fn head_rows(rows: impl Fn(&str) -> Option<usize>) -> Option<usize> {
+    ["classifier.weight", "classifier.out_proj.weight"].into_iter().find_map(rows)
+}
+
+/// Labels of the model at `path` where an adapter brings a head with `found` of them, and they are not the model's own.
+fn labels(path: &Path, found: Option<usize>) -> Option<usize> {
+    let own = espalier_models::ModelConfig::read(path).ok().and_then(|c| c.labels());
+    found.filter(|_| own.is_some() && own != found)
 }

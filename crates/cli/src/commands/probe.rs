@@ -4,15 +4,16 @@ use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use candle_core::DType;
 use clap::Args;
 use espalier_data::{DataOptions, EncodeOptions, Source};
 use espalier_infer::max_length;
-use espalier_models::Model;
 use espalier_models::export::ExportOptions;
 use espalier_train::merge::default_limit;
+use espalier_train::resident::Peaks;
 use espalier_train::verify::{Comparison, Probe};
 
-use super::model_args::Loaded;
+use super::model_args::Opened;
 
 /// What is compared, and how far apart it may be.
 #[derive(Debug, Args)]
@@ -34,21 +35,21 @@ impl ProbeArgs {
         self.probe.is_some() || self.tolerance.is_some()
     }
 
-    pub(crate) fn limit(&self, model: &Model, export: &ExportOptions) -> f64 {
-        self.tolerance.unwrap_or_else(|| default_limit(model, export))
+    pub(crate) fn limit(&self, dtype: DType, export: &ExportOptions) -> f64 {
+        self.tolerance.unwrap_or_else(|| default_limit(dtype, export))
     }
 
-    pub(crate) fn probe(&self, loaded: &Loaded) -> Result<Probe> {
+    pub(crate) fn probe(&self, opened: &Opened) -> Result<Probe> {
+        let config = opened.model.config();
         let Some(path) = &self.probe else {
-            return Ok(Probe::made(&loaded.model, &loaded.codec, &loaded.adapters)?);
+            return Ok(Probe::made(config, &opened.codec, &opened.adapters.trained_tokens())?);
         };
-        let config = loaded.model.config();
         let options = EncodeOptions {
             max_length: Some(max_length(config)),
             label_names: config.label_names(),
             ..EncodeOptions::default()
         };
-        let codec = loaded.codec.clone().with_options(options);
+        let codec = opened.codec.clone().with_options(options);
         let source = Source::open_many(
             std::slice::from_ref(path),
             DataOptions { limit: Some(self.probe_rows), ..DataOptions::default() },
@@ -58,7 +59,7 @@ impl ProbeArgs {
             .enumerate()
             .map(|(i, row)| codec.encode(&row?.1).with_context(|| format!("row {}", i + 1)))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Probe::of_examples(&loaded.model, examples, &path.display().to_string())?)
+        Ok(Probe::of_examples(config, examples, &path.display().to_string())?)
     }
 }
 
@@ -73,4 +74,10 @@ pub(crate) fn figures(f: &mut fmt::Formatter<'_>, what: &str, c: &Comparison, pr
         c.loss_difference
     )?;
     write!(f, "  compared on {probe}")
+}
+
+/// The most memory that it took, in a line.
+pub(crate) fn memory(f: &mut fmt::Formatter<'_>, peaks: Option<Peaks>) -> fmt::Result {
+    let Some((name, value)) = peaks.map(|peaks| peaks.fact()) else { return Ok(()) };
+    write!(f, "\n  {}: {value}", name.to_lowercase())
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use espalier_train::dynamics::DYNAMICS;
 use espalier_train::plan::Plan;
 use espalier_train::session::{self, SessionOptions, SessionOutcome};
 use espalier_train::trainer::Scope;
@@ -31,6 +32,9 @@ pub(crate) struct Train {
     /// Begin anew in a folder that holds a run.
     #[arg(long)]
     overwrite: bool,
+    /// Run although the estimated memory is more than there is.
+    #[arg(long)]
+    allow_memory: bool,
 }
 
 /// What is printed at the end.
@@ -72,7 +76,8 @@ impl fmt::Display for Report {
             writeln!(f, "  {live}")?;
         }
         if let Some(reload) = reload {
-            writeln!(f, "  adapter read back: {reload}")?;
+            let what = if adapter.is_some() { "adapter" } else { "model" };
+            writeln!(f, "  {what} read back: {reload}")?;
         }
         write!(f, "  report: {}", report.display())
     }
@@ -90,6 +95,9 @@ pub(super) fn summary(plan: &Plan) -> String {
         plan.sites.len(),
         count(plan.trainable_parameters),
     )];
+    if plan.dynamics != DYNAMICS[0] {
+        lines.push(format!("  dynamics: {}", plan.dynamics));
+    }
     lines.extend(plan.base_note.iter().map(|note| format!("  note: {note}")));
     for (pattern, n) in &plan.patterns {
         lines.push(format!("  {pattern}: {n} modules"));
@@ -154,8 +162,13 @@ impl Train {
             }
             None => self.flags.recipe()?,
         };
-        let options =
-            SessionOptions { scope: Scope::Adapter, resume, overwrite: self.overwrite, command: command_line() };
-        execute(out, Run::prepare(recipe)?, &options)
+        let options = SessionOptions {
+            scope: Scope::Adapter,
+            resume,
+            overwrite: self.overwrite,
+            allow_memory: self.allow_memory,
+            command: command_line(),
+        };
+        execute(out, Run::prepare_again(recipe, resume)?, &options)
     }
 }

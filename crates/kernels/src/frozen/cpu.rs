@@ -20,6 +20,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// x W^T or, transposed, x W.
@@ -323,18 +324,22 @@ fn few(source: &Source<'_>, x: &[f32], n: usize, d_out: usize, d_in: usize) -> V
     y
 }
 
-/// The matrix in f32.
-pub(super) fn dequantize(weight: &FrozenWeight) -> Result<Tensor> {
+/// Rows `rows` of the matrix in f32.
+pub(super) fn dequantize(weight: &FrozenWeight, rows: Range<usize>) -> Result<Tensor> {
     let (d_out, d_in) = weight.dims();
+    if rows.start > rows.end || rows.end > d_out {
+        bail!("a weight [{d_out}, {d_in}] has no rows {rows:?}")
+    }
+    let count = rows.len();
     let values = with_source(weight, |source| {
-        let mut values = vec![0f32; d_out * d_in];
+        let mut values = vec![0f32; count * d_in];
         let per = parallel::rows_per_piece(d_in, 1);
-        chunks(&mut values, per * d_in, d_out * d_in, |i, piece| {
+        chunks(&mut values, per * d_in, count * d_in, |i, piece| {
             for (r, dst) in piece.chunks_mut(d_in).enumerate() {
-                source.load(d_in, i * per + r, 0, dst);
+                source.load(d_in, rows.start + i * per + r, 0, dst);
             }
         });
         values
     })?;
-    Tensor::from_vec(values, (d_out, d_in), &weight.device())
+    Tensor::from_vec(values, (count, d_in), &weight.device())
 }

@@ -5,7 +5,7 @@
 //! Source:   arXiv 2208.07339; bitsandbytes `int8_vectorwise_quant`
 //! Cost:     8 bits a weight
 
-use super::matrix_dims;
+use super::{matrix_dims, with_values};
 use crate::vector::from_i8;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -29,17 +29,19 @@ impl Int8 {
             bail!("int8 weight [{d_out}, {d_in}] is {:?}, expected a float type", weight.dtype())
         }
         let device = weight.device().clone();
-        let flat = weight.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        if let Some(at) = flat.iter().position(|w| !w.is_finite()) {
-            bail!("int8 weight [{d_out}, {d_in}] is {} at row {}, column {}", flat[at], at / d_in, at % d_in)
-        }
-        let (mut codes, mut absmax) = (Vec::with_capacity(flat.len()), Vec::with_capacity(d_out));
-        for row in flat.chunks(d_in) {
-            let top = row.iter().fold(0f32, |m, w| m.max(w.abs()));
-            let scale = if top > 0.0 { 127.0 / top } else { 0.0 };
-            absmax.push(top);
-            codes.extend(row.iter().map(|w| (w * scale).round_ties_even() as i8));
-        }
+        let (codes, absmax) = with_values(weight, |flat| {
+            if let Some(at) = flat.iter().position(|w| !w.is_finite()) {
+                bail!("int8 weight [{d_out}, {d_in}] is {} at row {}, column {}", flat[at], at / d_in, at % d_in)
+            }
+            let (mut codes, mut absmax) = (Vec::with_capacity(flat.len()), Vec::with_capacity(d_out));
+            for row in flat.chunks(d_in) {
+                let top = row.iter().fold(0f32, |m, w| m.max(w.abs()));
+                let scale = if top > 0.0 { 127.0 / top } else { 0.0 };
+                absmax.push(top);
+                codes.extend(row.iter().map(|w| (w * scale).round_ties_even() as i8));
+            }
+            Ok((codes, absmax))
+        })?;
         let resident = if device.is_cpu() {
             None
         } else {

@@ -26,8 +26,9 @@ pub use nf4::{Nf4, Nf4Parts, dynamic_map, nf4_code_book};
 pub(crate) use cpu::{Dots, multiply as multiply_frozen, with_dots, with_operand, with_transposed};
 
 use crate::fused;
-use candle_core::quantized::QTensor;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Result, Storage, Tensor, bail};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A frozen matrix [d_out, d_in].
@@ -53,6 +54,16 @@ fn matrix_dims(what: &str, dims: &[usize]) -> Result<(usize, usize)> {
     }
 }
 
+/// Calls `f` with the values of `weight` in f32, without a copy where they are that on the CPU already.
+fn with_values<T>(weight: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let flat = weight.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = flat.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => f(&storage.as_slice::<f32>()?[start..end]),
+        _ => bail!("the values of a weight {:?} are not in one piece", weight.dims()),
+    }
+}
+
 impl FrozenWeight {
     /// A dense matrix [d_out, d_in] of f32, f16, bf16 or f64; shares `weight`'s storage if that is contiguous.
     pub fn dense(weight: Tensor) -> Result<Self> {
@@ -63,6 +74,12 @@ impl FrozenWeight {
         Ok(Self::Dense(weight.detach().contiguous()?))
     }
 
+    /// The shape of a matrix without its values, which nothing may multiply by: a place for a weight that is not loaded.
+    pub fn blank(d_out: usize, d_in: usize, dtype: DType) -> Result<Self> {
+        matrix_dims("blank", &[d_out, d_in])?;
+        Ok(Self::Dense(Tensor::zeros(1, dtype, &Device::Cpu)?.broadcast_as((d_out, d_in))?))
+    }
+
     /// `weight` [d_out, d_in] rounded to 4-bit normal floats; `double_quant` also stores the block scales in 8 bits.
     pub fn nf4(weight: &Tensor, double_quant: bool) -> Result<Self> {
         Nf4::quantize(weight, double_quant).map(Self::Nf4)
@@ -71,6 +88,16 @@ impl FrozenWeight {
     /// `weight` [d_out, d_in] rounded to 8-bit integers, one scale a row.
     pub fn int8(weight: &Tensor) -> Result<Self> {
         Int8::quantize(weight).map(Self::Int8)
+    }
+
+    /// `weight` [d_out, d_in] rounded to a block type of GGUF; its rows are whole blocks.
+    pub fn gguf_from(weight: &Tensor, dtype: GgmlDType) -> Result<Self> {
+        let (d_out, d_in) = matrix_dims("GGUF", weight.dims())?;
+        let (name, block) = (gguf::name(dtype), dtype.block_size());
+        if !d_in.is_multiple_of(block) {
+            bail!("a weight [{d_out}, {d_in}] has no {name} form: its rows of {d_in} are no whole blocks of {block}")
+        }
+        Self::gguf(Arc::new(QTensor::quantize(&weight.detach().to_dtype(DType::F32)?, dtype)?))
     }
 
     /// A matrix of a GGUF file.
@@ -162,10 +189,21 @@ impl FrozenWeight {
             Self::Nf4(w) if dtype == DType::BF16 && w.device().is_cuda() => w.bf16_on_device(),
             #[cfg(feature = "cuda")]
             Self::Int8(w) if dtype == DType::BF16 && w.device().is_cuda() => w.bf16_on_device(),
-            _ if self.device().is_cpu() => cpu::dequantize(self)?.to_dtype(dtype),
+            _ if self.device().is_cpu() => cpu::dequantize(self, 0..self.d_out())?.to_dtype(dtype),
             Self::Nf4(w) => w.on_device()?.to_dtype(dtype),
             Self::Int8(w) => w.on_device()?.to_dtype(dtype),
             Self::Gguf(w) => w.dequantize(&w.device())?.to_dtype(dtype),
+        }
+    }
+
+    /// Rows `rows` of the matrix [n, d_in], off the tape: as they are where they are dense, else in f32.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        match self {
+            Self::Dense(w) | Self::Bordered(Bordered { weight: w, .. }) => {
+                w.narrow(0, rows.start, rows.len())?.contiguous()
+            }
+            _ if self.device().is_cpu() => cpu::dequantize(self, rows),
+            _ => self.dequantize(DType::F32)?.narrow(0, rows.start, rows.len())?.contiguous(),
         }
     }
 

@@ -6,9 +6,9 @@
 //! Source:   arXiv 2305.14314 appendix E; bitsandbytes functional.py `quantize_4bit`, `create_dynamic_map`
 //! Cost:     4.5 bits a weight, 4.127 with double quantisation
 
-use super::matrix_dims;
+use super::{matrix_dims, with_values};
 use crate::vector::scale;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use std::sync::OnceLock;
 
 /// Weights a block.
@@ -177,20 +177,22 @@ impl Nf4 {
             bail!("NF4 weight [{d_out}, {d_in}] is {:?}, expected a float type", weight.dtype())
         }
         let device = weight.device().clone();
-        let flat = weight.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        if let Some(at) = flat.iter().position(|w| !w.is_finite()) {
-            bail!("NF4 weight [{d_out}, {d_in}] is {} at row {}, column {}", flat[at], at / d_in, at % d_in)
-        }
-        let mut codes = vec![0u8; flat.len().div_ceil(2)];
-        let mut absmax = vec![0f32; flat.len().div_ceil(BLOCK)];
-        for ((block, codes), absmax) in flat.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)).zip(&mut absmax) {
-            *absmax = block.iter().fold(0f32, |m, w| m.max(w.abs()));
-            let inverse = 1.0 / absmax.max(1e-38);
-            let code = |w: &f32| BOUNDARIES.iter().map(|b| u8::from(w * inverse > *b)).sum::<u8>();
-            for (pair, byte) in block.chunks(2).zip(codes) {
-                *byte = code(&pair[0]) << 4 | pair.get(1).map_or(ZERO, code);
+        let (codes, absmax) = with_values(weight, |flat| {
+            if let Some(at) = flat.iter().position(|w| !w.is_finite()) {
+                bail!("NF4 weight [{d_out}, {d_in}] is {} at row {}, column {}", flat[at], at / d_in, at % d_in)
             }
-        }
+            let mut codes = vec![0u8; flat.len().div_ceil(2)];
+            let mut absmax = vec![0f32; flat.len().div_ceil(BLOCK)];
+            for ((block, codes), absmax) in flat.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)).zip(&mut absmax) {
+                *absmax = block.iter().fold(0f32, |m, w| m.max(w.abs()));
+                let inverse = 1.0 / absmax.max(1e-38);
+                let code = |w: &f32| BOUNDARIES.iter().map(|b| u8::from(w * inverse > *b)).sum::<u8>();
+                for (pair, byte) in block.chunks(2).zip(codes) {
+                    *byte = code(&pair[0]) << 4 | pair.get(1).map_or(ZERO, code);
+                }
+            }
+            Ok((codes, absmax))
+        })?;
         let scales = if double_quant { Scales::quantize(absmax) } else { Scales::Plain(absmax) };
         let mut this = Self { d_out, d_in, codes, scales, device, resident: None };
         if !this.device.is_cpu() {

@@ -4,6 +4,7 @@
 mod families;
 mod json;
 pub mod rope;
+mod settings;
 
 use std::path::Path;
 

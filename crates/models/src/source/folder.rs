@@ -1,12 +1,13 @@
 //! A Hugging Face model folder: `config.json` and one or several safetensors files.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use espalier_adapters::FrozenWeight;
-use espalier_adapters::formats::{hash, safetensors::MappedFile};
+use espalier_adapters::formats::{hash, safetensors::TensorFile};
 use serde_json::Value;
 
 use super::{LoadOptions, WeightSource};
@@ -15,16 +16,16 @@ use crate::{Error, Result};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// The mapped weight files of a folder.
+/// The weight files of a folder.
 #[derive(Debug)]
 pub struct WeightFiles {
     folder: PathBuf,
-    files: Vec<MappedFile>,
+    files: Vec<TensorFile>,
     place: BTreeMap<String, usize>,
 }
 
 impl WeightFiles {
-    /// Maps `model.safetensors`, the shards of its index, or any single safetensors file of the folder.
+    /// Opens `model.safetensors`, the shards of its index, or any single safetensors file of the folder.
     ///
     /// # Errors
     /// If there is none, one is truncated, or the index and the shards disagree.
@@ -33,8 +34,8 @@ impl WeightFiles {
         let mut files = Vec::with_capacity(names.len());
         let mut place = BTreeMap::new();
         for name in names {
-            let file = MappedFile::open(&folder.join(&name))?;
-            for (tensor, ..) in file.entries()? {
+            let file = TensorFile::open(&folder.join(&name))?;
+            for (tensor, ..) in file.entries() {
                 if place.insert(tensor.clone(), files.len()).is_some() {
                     return Err(Error::NotAModel {
                         path: folder.to_owned(),
@@ -58,7 +59,7 @@ impl WeightFiles {
     }
 
     /// The file that holds a tensor.
-    pub fn file_of(&self, name: &str) -> Option<&MappedFile> {
+    pub fn file_of(&self, name: &str) -> Option<&TensorFile> {
         self.place.get(name).map(|i| &self.files[*i])
     }
 
@@ -133,22 +134,12 @@ impl FolderSource {
     }
 
     fn load(&mut self, name: &str, shape: &[usize], options: &LoadOptions) -> Result<Option<Tensor>> {
-        let Some(own) = self.resolve(name) else {
-            self.missing.push(name.to_owned());
+        if !self.claim(name, shape)? {
             return Ok(None);
-        };
-        let Some(file) = self.files.file_of(&own) else { return Ok(None) };
-        let tensor = file.load(&own, &options.device)?;
-        if tensor.dims() != shape {
-            return Err(Error::Shape {
-                path: file.path().to_owned(),
-                tensor: own,
-                expected: shape.to_vec(),
-                found: tensor.dims().to_vec(),
-            });
         }
-        self.taken.insert(own);
-        Ok(Some(tensor))
+        let own = self.resolve(name);
+        let place = own.as_deref().and_then(|own| Some((self.files.file_of(own)?, own)));
+        Ok(place.map(|(file, own)| file.load(own, &options.device)).transpose()?)
     }
 }
 
@@ -159,6 +150,32 @@ impl WeightSource for FolderSource {
 
     fn has(&self, name: &str) -> bool {
         self.resolve(name).is_some()
+    }
+
+    fn claim(&mut self, name: &str, shape: &[usize]) -> Result<bool> {
+        let Some(own) = self.resolve(name) else {
+            self.missing.push(name.to_owned());
+            return Ok(false);
+        };
+        let Some(file) = self.files.file_of(&own) else { return Ok(false) };
+        match file.kind(&own) {
+            Ok((_, found)) if found != shape => Err(Error::Shape {
+                path: file.path().to_owned(),
+                tensor: own.clone(),
+                expected: shape.to_vec(),
+                found: found.to_vec(),
+            }),
+            _ => {
+                self.taken.insert(own);
+                Ok(true)
+            }
+        }
+    }
+
+    fn rows(&mut self, name: &str, rows: Range<usize>) -> Result<Option<Tensor>> {
+        let own = self.resolve(name);
+        let place = own.as_deref().and_then(|own| Some((self.files.file_of(own)?, own)));
+        Ok(place.map(|(file, own)| file.load_rows(own, rows, &Device::Cpu)).transpose()?)
     }
 
     fn dense(&mut self, name: &str, shape: &[usize], options: &LoadOptions) -> Result<Tensor> {

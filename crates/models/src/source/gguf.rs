@@ -146,11 +146,10 @@ pub(crate) fn hash(path: &Path) -> Result<String> {
 impl GgufSource {
     /// The stored tensor, with its rows in transformers' order.
     fn load(&mut self, name: &str, shape: &[usize], device: &Device) -> Result<Option<QTensor>> {
-        let own = tensor_name(&self.family, name).filter(|n| self.content.tensor_infos.contains_key(n));
-        let Some(own) = own else {
-            self.missing.push(name.to_owned());
+        if !self.claim(name, shape)? {
             return Ok(None);
-        };
+        }
+        let Some(own) = tensor_name(&self.family, name) else { return Ok(None) };
         let heads = match name {
             _ if !self.interleaved => None,
             _ if name.contains(".self_attn.q_proj.") => Some(self.heads),
@@ -160,15 +159,6 @@ impl GgufSource {
         // Rows are put in order on the CPU; the result goes to the device.
         let place = if heads.is_some() { &Device::Cpu } else { device };
         let tensor = stored(&self.path, &self.content, &mut self.reader, &own, place)?;
-        if tensor.shape().dims() != shape {
-            return Err(Error::Shape {
-                path: self.path.clone(),
-                tensor: own,
-                expected: shape.to_vec(),
-                found: tensor.shape().dims().to_vec(),
-            });
-        }
-        self.taken.insert(own);
         match heads {
             Some(heads) if shape[0].is_multiple_of(2 * heads.max(1)) => Ok(Some(deinterleave(&tensor, heads, device)?)),
             Some(heads) => Err(Error::NotAModel {
@@ -206,6 +196,24 @@ impl WeightSource for GgufSource {
 
     fn has(&self, name: &str) -> bool {
         tensor_name(&self.family, name).is_some_and(|n| self.content.tensor_infos.contains_key(&n))
+    }
+
+    fn claim(&mut self, name: &str, shape: &[usize]) -> Result<bool> {
+        let own = tensor_name(&self.family, name);
+        let Some((own, info)) = own.and_then(|own| self.content.tensor_infos.get_key_value(&own)) else {
+            self.missing.push(name.to_owned());
+            return Ok(false);
+        };
+        if info.shape.dims() != shape {
+            return Err(Error::Shape {
+                path: self.path.clone(),
+                tensor: own.clone(),
+                expected: shape.to_vec(),
+                found: info.shape.dims().to_vec(),
+            });
+        }
+        self.taken.insert(own.clone());
+        Ok(true)
     }
 
     fn dense(&mut self, name: &str, shape: &[usize], options: &LoadOptions) -> Result<Tensor> {

@@ -4,10 +4,13 @@
 pub mod folder;
 pub mod gguf;
 pub(crate) mod gguf_names;
+pub(crate) mod outline;
 pub(crate) mod random;
 
+use std::ops::Range;
 use std::path::Path;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::FrozenWeight;
 
@@ -45,6 +48,8 @@ pub enum Quantization {
     },
     /// 8-bit integers with a scale for each row.
     Int8,
+    /// A block type of GGUF.
+    Gguf(GgmlDType),
 }
 
 impl Quantization {
@@ -56,17 +61,39 @@ impl Quantization {
         Ok(match self {
             Self::Nf4 { double } => FrozenWeight::nf4(weight, double)?,
             Self::Int8 => FrozenWeight::int8(weight)?,
+            Self::Gguf(dtype) => FrozenWeight::gguf_from(weight, dtype)?,
         })
     }
 }
 
 /// A set of named weights.
-pub(crate) trait WeightSource {
+pub(crate) trait WeightSource: Send + Sync {
     /// The folder or file, for messages.
     fn path(&self) -> &Path;
 
     /// Whether there is a tensor of that name.
     fn has(&self, name: &str) -> bool;
+
+    /// Whether it gives shapes without values.
+    fn is_outline(&self) -> bool {
+        false
+    }
+
+    /// Takes note that a tensor is used; whether it is there, in the shape that the architecture wants.
+    ///
+    /// # Errors
+    /// If it has another shape.
+    fn claim(&mut self, name: &str, shape: &[usize]) -> Result<bool>;
+
+    /// Rows (of the first dimension) of a tensor as the file has them, on the CPU; None where the source gives none but whole
+    /// tensors.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    fn rows(&mut self, name: &str, rows: Range<usize>) -> Result<Option<Tensor>> {
+        let _ = (name, rows);
+        Ok(None)
+    }
 
     /// A small or dense tensor (norm, bias, table) in `dtype`; `shape` as the architecture wants it.
     fn dense(&mut self, name: &str, shape: &[usize], options: &LoadOptions) -> Result<Tensor>;

@@ -61,6 +61,10 @@ impl WeightSource for RandomSource {
         true
     }
 
+    fn claim(&mut self, _name: &str, _shape: &[usize]) -> Result<bool> {
+        Ok(true)
+    }
+
     fn dense(&mut self, name: &str, shape: &[usize], options: &LoadOptions) -> Result<Tensor> {
         self.draw(name, shape, options)
     }

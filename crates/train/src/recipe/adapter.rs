@@ -1,22 +1,15 @@
 //! The `[adapter]` table: the method's own settings beside those of placement.
 
 use espalier_adapters::AdapterConfig;
-use espalier_adapters::config::unknown_value;
 use espalier_adapters::parametrisation::{METHODS, MethodConfig};
 use espalier_adapters::target::TargetSpec;
-use serde::de::DeserializeOwned;
-use toml::{Table, Value};
+use toml::Table;
 
+use super::table::{TableKey, fields, keys_of, nothing_left, read, settings, take};
 use crate::{Error, Result};
 
-/// A key of the `[adapter]` table.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AdapterKey {
-    /// Name in the table.
-    pub name: String,
-    /// What it does, or which methods have it.
-    pub doc: String,
-}
+/// Name of the table.
+const TABLE: &str = "adapter";
 
 /// Keys of placement, which every method has.
 pub const ADAPTER_KEYS: &[(&str, &str)] = &[
@@ -36,83 +29,23 @@ pub const ADAPTER_KEYS: &[(&str, &str)] = &[
     ("tie_weights", "Whether a trained input embedding stays tied to the output head where the base ties them."),
 ];
 
-fn method_fields(method: &MethodConfig) -> Result<Table> {
-    match Value::try_from(method) {
-        Ok(Value::Table(table)) => Ok(table),
-        Ok(_) => Err(Error::recipe("adapter", "a method must be a table")),
-        Err(e) => Err(Error::recipe("adapter", e.to_string())),
-    }
-}
-
 /// All keys of the `[adapter]` table: placement, then the methods' own settings.
-pub fn adapter_keys() -> Vec<AdapterKey> {
-    let mut keys: Vec<AdapterKey> =
-        ADAPTER_KEYS.iter().map(|(name, doc)| AdapterKey { name: (*name).into(), doc: (*doc).into() }).collect();
-    let mut own: Vec<(String, Vec<&str>, String)> = Vec::new();
-    for name in METHODS {
-        let fields = MethodConfig::by_name(name).ok().and_then(|m| method_fields(&m).ok()).unwrap_or_default();
-        for (field, default) in fields.into_iter().filter(|(field, _)| field != "method") {
-            match own.iter_mut().find(|(known, ..)| *known == field) {
-                Some((_, methods, _)) => methods.push(name),
-                None => own.push((field, vec![name], default.to_string())),
-            }
-        }
-    }
-    keys.extend(own.into_iter().map(|(name, methods, default)| AdapterKey {
-        doc: format!("Setting of {} [default: {default}].", methods.join(", ")),
-        name,
-    }));
+pub fn adapter_keys() -> Vec<TableKey> {
+    let mut keys: Vec<TableKey> =
+        ADAPTER_KEYS.iter().map(|(name, doc)| TableKey { name: (*name).into(), doc: (*doc).into() }).collect();
+    keys.extend(keys_of(METHODS, |name| fields(TABLE, &MethodConfig::by_name(name).ok()?).ok()));
     keys
-}
-
-fn take<T: DeserializeOwned>(table: &mut Table, key: &str) -> Result<Option<T>> {
-    table
-        .remove(key)
-        .map(|v| {
-            v.clone().try_into().map_err(|e: toml::de::Error| {
-                Error::recipe(format!("adapter.{key}"), format!("{v} is not valid: {}", e.message()))
-            })
-        })
-        .transpose()
-}
-
-/// Reads `fields`; an error names the field that does not go with the valid `defaults`.
-fn read<T: DeserializeOwned>(defaults: &Table, fields: Table) -> Result<T> {
-    let parse = |table: Table| Value::Table(table).try_into::<T>();
-    parse(fields.clone()).map_err(|whole| {
-        for (key, value) in fields {
-            let mut one = defaults.clone();
-            one.insert(key.clone(), value.clone());
-            if let Err(e) = parse(one) {
-                return Error::recipe(format!("adapter.{key}"), format!("{value} is not valid: {}", e.message()));
-            }
-        }
-        Error::recipe("adapter", whole.message().to_owned())
-    })
 }
 
 /// Reads the table.
 pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
     let mut table = table.clone();
-    let name: String = take(&mut table, "method")?.unwrap_or_else(|| "lora".into());
+    let name: String = take(TABLE, &mut table, "method")?.unwrap_or_else(|| "lora".into());
     let default = MethodConfig::by_name(&name).map_err(|e| match e {
         espalier_adapters::Error::Config { message, .. } => Error::recipe("adapter.method", message),
         other => other.into(),
     })?;
-    let defaults = method_fields(&default)?;
-    let mut fields = defaults.clone();
-    let own: Vec<String> = fields.keys().filter(|k| *k != "method").cloned().collect();
-    for key in own {
-        if let Some(value) = table.remove(&key) {
-            // A whole number serves where a float is wanted.
-            let value = match (&fields[&key], value) {
-                (Value::Float(_), Value::Integer(n)) => Value::Float(n as f64),
-                (_, value) => value,
-            };
-            fields.insert(key, value);
-        }
-    }
-    let method: MethodConfig = read(&defaults, fields)?;
+    let method: MethodConfig = settings(TABLE, &mut table, &default)?;
     let mut targets = Table::new();
     for key in
         ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"]
@@ -121,24 +54,16 @@ pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
             targets.insert(key.into(), value);
         }
     }
-    let targets: TargetSpec = read(&Table::new(), targets)?;
+    let targets: TargetSpec = read(TABLE, &Table::new(), targets)?;
     let config = AdapterConfig {
         targets,
-        bias: take(&mut table, "bias")?.unwrap_or_default(),
-        modules_to_save: take(&mut table, "modules_to_save")?.unwrap_or_default(),
-        trainable_tokens: take(&mut table, "trainable_tokens")?,
-        tie_weights: take(&mut table, "tie_weights")?.unwrap_or(true),
+        bias: take(TABLE, &mut table, "bias")?.unwrap_or_default(),
+        modules_to_save: take(TABLE, &mut table, "modules_to_save")?.unwrap_or_default(),
+        trainable_tokens: take(TABLE, &mut table, "trainable_tokens")?,
+        tie_weights: take(TABLE, &mut table, "tie_weights")?.unwrap_or(true),
         ..AdapterConfig::new(method)
     };
-    if let Some(key) = table.keys().next() {
-        let names: Vec<String> = adapter_keys().into_iter().map(|k| k.name).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let message = if names.contains(&key.as_str()) {
-            format!("`{key}` is no setting of method `{name}`")
-        } else {
-            unknown_value(key, &names)
-        };
-        return Err(Error::recipe(format!("adapter.{key}"), message));
-    }
+    let names = adapter_keys().into_iter().map(|k| k.name);
+    nothing_left(TABLE, &table, &format!("method `{name}`"), names)?;
     Ok(config)
 }

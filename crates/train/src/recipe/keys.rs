@@ -33,15 +33,18 @@ macro_rules! keys {
             $($(#[doc = $doc])* pub $name: $kind,)*
             /// The adapter: its method, the method's settings, and where it sits.
             pub adapter: toml::Table,
+            /// How parameters move: the dynamics and its settings.
+            #[serde(skip_serializing_if = "toml::Table::is_empty")]
+            pub dynamics: toml::Table,
         }
 
         impl Default for Recipe {
             fn default() -> Self {
-                Self { $($name: $default,)* adapter: toml::Table::new() }
+                Self { $($name: $default,)* adapter: toml::Table::new(), dynamics: toml::Table::new() }
             }
         }
 
-        /// All keys outside the `[adapter]` table.
+        /// All keys outside the tables `[adapter]` and `[dynamics]`.
         pub const KEYS: &[Key] = &[$(Key {
             name: stringify!($name),
             kind: stringify!($kind),
@@ -64,7 +67,7 @@ keys! {
     device: String = "auto".into();
     /// Dtype of activations and frozen weights: auto (f32 on the CPU, bf16 on CUDA), f32, bf16, f16. Adapters are f32.
     dtype: String = "auto".into();
-    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8.
+    /// Quantisation of the frozen matrices at load: none, nf4, nf4-double, int8, or a GGUF block type (q8_0, q6_k, q5_0, q4_0, q4_k).
     quantization: String = "none".into();
     /// Number of labels of a new classification head.
     labels: Option<usize> = None;
@@ -128,18 +131,22 @@ keys! {
     min_lr_ratio: f64 = 0.0;
     /// Share of all steps that wsd spends falling.
     decay_ratio: f64 = 0.1;
-    /// Optimiser: adamw.
+    /// Optimiser: adamw, lion, muon (AdamW for what is no matrix), sgd.
     optimizer: String = "adamw".into();
-    /// Decay of AdamW's first moment.
+    /// Decay of AdamW's first moment; share of the momentum in Lion's direction.
     beta1: f64 = 0.9;
-    /// Decay of AdamW's second moment.
+    /// Decay of AdamW's second moment, and of Lion's momentum (its paper: 0.99).
     beta2: f64 = 0.999;
     /// AdamW's epsilon.
     adam_eps: f64 = 1e-8;
-    /// Decoupled weight decay.
+    /// Momentum of sgd (0 where it is not given) and muon (0.95).
+    momentum: Option<f64> = None;
+    /// Nesterov's form of the momentum of sgd and muon.
+    nesterov: bool = true;
+    /// Muon's factor on the learning rate of a matrix: original, or match_rms_adamw for AdamW's learning rates.
+    muon_adjust_lr: String = "original".into();
+    /// Decoupled weight decay, of every optimiser.
     weight_decay: f64 = 0.0;
-    /// Learning rate of B over that of A (LoRA+); 1: the same.
-    lora_plus_ratio: f64 = 1.0;
     /// Largest norm of the gradient; 0: no clipping.
     max_grad_norm: f64 = 1.0;
     /// Recompute blocks in the backward pass instead of keeping their intermediates.

@@ -1,16 +1,21 @@
 //! Recipes: TOML files that say everything about a run, with errors that name the line and the nearest valid key.
 
 mod adapter;
+mod dynamics;
 pub mod keys;
+mod table;
 pub mod values;
 
 use std::path::Path;
 
-pub use adapter::{ADAPTER_KEYS, AdapterKey, adapter_keys};
+pub use adapter::{ADAPTER_KEYS, adapter_keys};
+pub use dynamics::dynamics_keys;
 use espalier_adapters::AdapterConfig;
 pub use keys::{KEYS, Key, Recipe};
+pub use table::TableKey;
 use toml::{Table, Value};
 
+use crate::dynamics::DynamicsConfig;
 use crate::{Error, Result};
 
 /// A setting from the command line: a dotted key and its value as typed.
@@ -72,6 +77,14 @@ impl Recipe {
         adapter::parse(&self.adapter)
     }
 
+    /// How parameters move.
+    ///
+    /// # Errors
+    /// If a key of `[dynamics]` is unknown or has a wrong value.
+    pub fn dynamics_config(&self) -> Result<DynamicsConfig> {
+        dynamics::parse(&self.dynamics)
+    }
+
     /// The recipe as TOML, every key filled in.
     ///
     /// # Errors
@@ -91,9 +104,9 @@ impl Recipe {
             }
         };
         choice("dtype", &self.dtype, &["auto", "f32", "bf16", "f16"])?;
-        choice("quantization", &self.quantization, &["none", "nf4", "nf4-double", "int8"])?;
+        choice("quantization", &self.quantization, crate::setup::QUANTIZATIONS)?;
         choice("schedule", &self.schedule, &["constant", "linear", "cosine", "wsd"])?;
-        choice("optimizer", &self.optimizer, &["adamw"])?;
+        crate::optimizer::rule(self)?;
         choice("truncation", &self.truncation, &["right", "drop"])?;
         choice("text_unit", &self.text_unit, &["line", "paragraph", "file"])?;
         for (key, value) in [("batch_size", self.batch_size), ("accumulation", self.accumulation)] {
@@ -120,7 +133,6 @@ impl Recipe {
             ("max_grad_norm", self.max_grad_norm),
             ("validation_split", self.validation_split),
             ("epochs", self.epochs),
-            ("lora_plus_ratio", self.lora_plus_ratio),
         ];
         if let Some((key, value)) = positive.into_iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return wrong(key, format!("{value} is not a number of at least 0"));
@@ -129,9 +141,13 @@ impl Recipe {
         if let Some(weight) = weights.into_iter().find(|w| !(w.is_finite() && *w > 0.0)) {
             return wrong("data", format!("weight {weight} is not above 0"));
         }
+        self.dynamics_config()?;
         self.adapter_config().map(|_| ())
     }
 }
+
+/// Keys of a recipe that are tables.
+const TABLES: [&str; 2] = ["adapter", "dynamics"];
 
 fn key_of_line(line: &str) -> Option<&str> {
     let (key, _) = line.split_once('=')?;
@@ -144,14 +160,18 @@ fn describe(message: &str) -> String {
     let Some(name) = message.strip_prefix("unknown field `").and_then(|m| m.split('`').next()) else {
         return message.to_owned();
     };
-    let known: Vec<&str> = KEYS.iter().map(|k| k.name).chain(["adapter"]).collect();
-    let here = adapter_keys();
+    if name == "lora_plus_ratio" {
+        return "unknown key: `lora_plus_ratio` is now `ratio` of the dynamics `lora-plus`, in the [dynamics] table"
+            .to_owned();
+    }
+    let known: Vec<&str> = KEYS.iter().map(|k| k.name).chain(TABLES).collect();
     let mut text = espalier_adapters::config::unknown_value(name, &known);
     if let Some(cut) = text.find(" (known:") {
         text.truncate(cut);
     }
-    if here.iter().any(|k| k.name == name) {
-        text = format!("`{name}` belongs into the [adapter] table");
+    let tables = [("adapter", adapter_keys()), ("dynamics", dynamics_keys())];
+    if let Some((table, _)) = tables.iter().find(|(_, keys)| keys.iter().any(|k| k.name == name)) {
+        text = format!("`{name}` belongs into the [{table}] table");
     }
     format!("unknown key: {text}")
 }
@@ -169,23 +189,25 @@ fn set(table: &mut Table, setting: &Setting) -> Result<()> {
         _ => Value::String(text.to_owned()),
     };
     let (head, tail) = match setting.key.split_once('.') {
-        Some(("adapter", tail)) => ("adapter", Some(tail)),
-        Some(_) => return Err(Error::recipe(&setting.key, "no such key; only `adapter.` has keys of its own")),
+        Some((table, tail)) if TABLES.contains(&table) => (table, Some(tail)),
+        Some(_) => {
+            return Err(Error::recipe(
+                &setting.key,
+                "no such key; only `adapter.` and `dynamics.` have keys of their own",
+            ));
+        }
         None => (setting.key.as_str(), None),
     };
     match tail {
-        None if head == "adapter" && !value.is_table() => {
-            return Err(Error::recipe(
-                "adapter",
-                format!("{value} is not a table; set single keys as `adapter.KEY=VALUE`"),
-            ));
+        None if TABLES.contains(&head) && !value.is_table() => {
+            return Err(Error::recipe(head, format!("{value} is not a table; set single keys as `{head}.KEY=VALUE`")));
         }
         None => {
             table.insert(head.to_owned(), value);
         }
         Some(tail) => {
             let inner = table.entry(head).or_insert_with(|| Value::Table(Table::new()));
-            let inner = inner.as_table_mut().ok_or_else(|| Error::recipe("adapter", "must be a table"))?;
+            let inner = inner.as_table_mut().ok_or_else(|| Error::recipe(head, "must be a table"))?;
             inner.insert(tail.to_owned(), value);
         }
     }

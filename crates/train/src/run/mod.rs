@@ -6,6 +6,7 @@
 //!   metrics.jsonl                         one JSON object per optimiser step, one per evaluation   [`metrics`]
 //!   events.out.tfevents.SECS.HOST.PID     the same scalars for TensorBoard                         [`tensorboard`]
 //!   report.html                           self-contained report: facts, curves, tables, samples    [`report`], [`plot`]
+//!   starts.safetensors                    what the adapter started with, where that was made from data
 //!   checkpoints/                          adapter and trainer state per saved step
 //!   adapter/                              the trained adapter in PEFT's layout
 //!   README.md                             model card of the adapter, when the folder holds one     [`model_card`]
@@ -70,6 +71,11 @@ impl RunFolder {
     /// `adapter/`: the trained adapter.
     pub fn adapter(&self) -> PathBuf {
         self.root.join("adapter")
+    }
+
+    /// `starts.safetensors`: what the adapter started with, where that was made from the data.
+    pub fn starts(&self) -> PathBuf {
+        self.root.join("starts.safetensors")
     }
 
     /// `checkpoints/`.
