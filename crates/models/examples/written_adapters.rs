@@ -1,4 +1,4 @@
-//! Writes an adapter of every method that PEFT has, in each of its examples, with our scores, for `parity/check_ours.py --written`.
+//! Writes an adapter of every method that PEFT has, in each of its examples that needs no data, with our scores, for `parity/check_ours.py --written`.
 //!
 //! `cargo run --release -p espalier-models --example written_adapters -- FOLDER`: FOLDER/<n>/ holds the adapter, its
 //! `logits.safetensors` (ids and scores), and in `base` the path of its base below `parity/golden`.
@@ -24,9 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../parity/golden");
     let (rows, length) = (2usize, 12usize);
     let ids: Vec<u32> = (0..rows * length).map(|i| (3 + i * 7 + i * i * 5) as u32 % 40).collect();
-    let methods = MethodConfig::examples()
-        .into_iter()
-        .filter(|(_, method)| method.to_peft().is_some() && method.wanted().is_none());
+    let methods = MethodConfig::examples().into_iter().filter(|(_, m)| m.to_peft().is_some() && m.wanted().is_none());
     let pairs: Vec<_> =
         methods.flat_map(|(name, method)| BASES.map(|base| (name.clone(), method.clone(), base))).collect();
     for (i, (name, method, base)) in pairs.into_iter().enumerate() {

@@ -217,9 +217,18 @@ impl<'a> Bench<'a> {
         }
         let rank = self.config["r"].as_u64().unwrap_or(0);
         let has_rank = rank > 0;
+        let kind = self.config["peft_type"].as_str().unwrap_or_default();
+        // The tensors show it, where it is no number that is rounded to a divisor (OFT's blocks) and where a factor is a product
+        // (LoKr's need not be).
+        let shows_rank = match kind {
+            "OFT" => false,
+            "LOKR" => self.tensors.keys().any(|name| name.ends_with("lokr_w1_a") || name.ends_with("lokr_w2_a")),
+            _ => has_rank,
+        };
+        let other_kind = kind != "LOHA";
         let turned_on = self.config["use_dora"].as_bool().unwrap_or(false);
         for (key, value, applies) in [
-            ("r", json!(rank + 1), has_rank),
+            ("r", json!(rank + 1), shows_rank),
             ("r", json!(0), has_rank),
             ("r", json!("many"), true),
             ("lora_alpha", json!("large"), has_rank),
@@ -229,13 +238,13 @@ impl<'a> Bench<'a> {
             ("target_modules", json!("all_linear"), true),
             ("target_modules", Value::Null, true),
             ("modules_to_save", json!(["model.norm", "transformer.ln_f", "LayerNorm"]), true),
-            ("rank_pattern", json!({".*": 9}), has_rank),
+            ("rank_pattern", json!({".*": 9}), has_rank && (shows_rank || kind == "OFT")),
             // Without sites, whole paths override the choice of layers, as in PEFT.
             ("layers_to_transform", json!([7]), !self.names_whole_paths()),
             ("exclude_modules", json!(".*"), true),
             ("bias", json!("none_"), true),
             ("lora_bias", json!(true), has_rank && self.config["lora_bias"] != true),
-            ("peft_type", json!("LOHA"), true),
+            ("peft_type", json!("LOHA"), other_kind),
             ("espalier_method", json!("none"), true),
             ("init_lora_weights", json!("loftq"), has_rank),
             ("trainable_token_indices", json!([1, 2]), true),

@@ -1,11 +1,11 @@
 //! HRA: a chain of Householder reflections of the input.
 //!
 //! Equation: y = W R x, R = H1 .. Hr with H = I - 2 u u^T / |u|^2. In compact form R = I - U T U^T with unit columns U and
-//!           T = (I / 2 + the part of U^T U above the diagonal)^-1. With `apply_GS` the columns are made orthogonal first, which
+//!           T = (I / 2 + the part of U^T U above the diagonal)^-1. With `apply_gs` the columns are made orthogonal first, which
 //!           is T = 2 (U^T U)^-1
 //! Shapes:   x [.., d_in] -> y [.., d_out]; U [d_in, r] trained; T [r, r]
 //! Source:   arXiv 2405.17484 eq. 2 and section 3.2; compact form: Joffrain et al., ACM TOMS 32 (2006). Columns start in equal
-//!           pairs, so that R = I; for odd r, or with `apply_GS`, there is no such start
+//!           pairs, so that R = I; for odd r, or with `apply_gs`, there is no such start
 //! Cost:     4 r d_in FLOPs a token forward, 2 r^2 d_in a pass; r d_in parameters a layer
 
 use std::sync::Arc;
@@ -27,7 +27,6 @@ pub struct Hra {
     /// Number r of reflections; even, where the start is to be the base.
     pub r: usize,
     /// Whether the vectors are made orthogonal (by Gram and Schmidt's process).
-    #[serde(rename = "apply_GS")]
     pub apply_gs: bool,
 }
 
@@ -40,7 +39,7 @@ impl Default for Hra {
 impl Method for Hra {
     type Layer = HraLayer;
 
-    const PEFT: Option<PeftNames> = Some(PeftNames { kind: "HRA", keys: &[], fixed: &[] });
+    const PEFT: Option<PeftNames> = Some(PeftNames { kind: "HRA", keys: &[("apply_gs", "apply_GS")], fixed: &[] });
     const TENSORS: &'static [&'static str] = &["hra_u"];
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<HraLayer> {
