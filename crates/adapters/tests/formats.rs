@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{Toy, fresh, perturb};
 use espalier_adapters::formats::folder::{self, WEIGHTS_FILE};
 use espalier_adapters::formats::peft_config::{from_json, to_json};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 use espalier_adapters::{AdapterConfig, MethodConfig, Result};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
@@ -24,7 +24,7 @@ fn saved() -> (tempfile::TempDir, BTreeMap<String, Tensor>) {
     perturb(&adapter, 2);
     let temp = tempfile::tempdir().unwrap();
     folder::save(&mut toy, &adapter, temp.path()).unwrap();
-    let tensors = MappedFile::open(&temp.path().join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
+    let tensors = TensorFile::open(&temp.path().join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
     (temp, tensors)
 }
 
@@ -349,7 +349,7 @@ proptest! {
     fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let temp = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(temp.path(), &bytes).unwrap();
-        if let Ok(file) = MappedFile::open(temp.path()) {
+        if let Ok(file) = TensorFile::open(temp.path()) {
             let _ = file.load_all(&Device::Cpu);
         }
     }

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{Skeleton, golden};
 use espalier_adapters::attach::{Attached, BaseCheck};
 use espalier_adapters::formats::folder::{self, CONFIG_FILE, WEIGHTS_FILE};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 use espalier_adapters::{FrozenWeight, Host, ModuleMut, Result};
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ fn changed(
 ) -> Result<Attached> {
     let path = golden().join("adapters").join(case);
     let mut json: Value = serde_json::from_slice(&std::fs::read(path.join(CONFIG_FILE)).unwrap()).unwrap();
-    let mut all = MappedFile::open(&path.join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
+    let mut all = TensorFile::open(&path.join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
     config(&mut json);
     tensors(&mut all);
     let temp = tempfile::tempdir().unwrap();
@@ -81,7 +81,7 @@ fn copies_are_turned_and_compared_up_to_the_rounding_of_the_base() {
     // GPT-2's files keep [d_in, d_out], the model [d_out, d_in].
     let (base, place) = (&mut Skeleton::of("gpt2"), "transformer.h.0.mlp.c_fc");
     let stored = golden().join("families/gpt2/model.safetensors");
-    let weight = MappedFile::open(&stored).unwrap().load(&format!("{place}.weight"), &Device::Cpu).unwrap();
+    let weight = TensorFile::open(&stored).unwrap().load(&format!("{place}.weight"), &Device::Cpu).unwrap();
     let key = format!("base_model.model.{place}.base_layer.weight");
     changed("gpt2_lora", base, |_| {}, |t| drop(t.insert(key.clone(), weight.clone()))).unwrap();
     let wrong = (&weight * 1.01).unwrap();
@@ -151,7 +151,7 @@ fn a_file_of_many_tensors_is_read_in_one_pass() {
     let entries = (0..6000).map(|i| Entry::of(format!("model.layers.{i}.self_attn.q_proj.weight"), &one)).collect();
     write(temp.path(), entries, &BTreeMap::new()).unwrap();
     let began = Instant::now();
-    let file = MappedFile::open(temp.path()).unwrap();
+    let file = TensorFile::open(temp.path()).unwrap();
     assert_eq!(file.load_all(&Device::Cpu).unwrap().len(), 6000);
     // Reading the header anew for every tensor takes minutes.
     assert!(began.elapsed().as_secs_f64() < 5.0, "{:?}", began.elapsed());

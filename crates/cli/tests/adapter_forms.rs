@@ -10,14 +10,14 @@ use candle_core::quantized::gguf_file::{self, Content, Value as Meta};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use common::{check, fails, golden, ok, text};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 use serde_json::{Value, json};
 
 /// Largest difference of a model's scores with an adapter from those of a golden file.
 fn distance(base: &str, adapter: &str, expected: &Path, scratch: &Path) -> f32 {
     let (ids, target) = (text(expected), text(&scratch.join("scores.safetensors")));
     ok(&["logits", "--model", base, "--adapter", adapter, "--ids", &ids, "--out", &target]);
-    let scores = |path: &str| MappedFile::open(Path::new(path)).unwrap().load("logits", &Device::Cpu).unwrap();
+    let scores = |path: &str| TensorFile::open(Path::new(path)).unwrap().load("logits", &Device::Cpu).unwrap();
     let d = (scores(&target) - scores(&ids)).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     d.into_iter().fold(0.0, |m, d| if d.abs() <= m { m } else { d.abs() })
 }
@@ -35,7 +35,7 @@ fn folders_of_mlx_lm_are_read_as_its_equation_says() {
         [("lora_all", "lora", 4, 2.0), ("dora", "dora", 4, 2.0), ("lora_embedding_tied", "lora", 3, 2.0)]
     {
         let source = golden().join("adapters").join(case);
-        let all = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
+        let all = TensorFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
         let mut entries = Vec::new();
         for (key, t) in &all {
             let key = key.trim_start_matches("base_model.model.");
@@ -125,7 +125,7 @@ fn adapters_are_written_for_mlx_lm_with_its_shapes_and_names() {
         let config: Value = serde_json::from_slice(&std::fs::read(out.join("adapter_config.json")).unwrap()).unwrap();
         let parameters = &config["lora_parameters"];
         let rank = parameters["rank"].as_u64().unwrap() as usize;
-        for (name, t) in MappedFile::open(&out.join("adapters.safetensors")).unwrap().load_all(&Device::Cpu).unwrap() {
+        for (name, t) in TensorFile::open(&out.join("adapters.safetensors")).unwrap().load_all(&Device::Cpu).unwrap() {
             match name.rsplit('.').next().unwrap() {
                 "lora_a" => assert_eq!(t.dims()[1], rank, "{case}: {name}"),
                 "lora_b" => assert_eq!(t.dims()[0], rank, "{case}: {name}"),
@@ -234,7 +234,7 @@ fn a_gguf_adapter_has_llama_cpps_names_rows_and_scale() {
         ("adapter".into(), "llama".into(), "lora".into())
     );
     assert_eq!(metadata["adapter.lora.alpha"].to_f32().unwrap(), 8.0);
-    let peft = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
+    let peft = TensorFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
     assert_eq!(tensors.len(), peft.len());
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let of = |module: &str, part: &str| {

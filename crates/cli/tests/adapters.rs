@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use common::{check, fails, golden, ok, text};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 use serde_json::{Value, json};
 
 /// A folder of real files below `ESPALIER_DATA`.
@@ -48,7 +48,7 @@ fn changed(
 ) -> String {
     let source = golden().join("adapters/rslora_patterns");
     let mut json: Value = serde_json::from_slice(&std::fs::read(source.join("adapter_config.json")).unwrap()).unwrap();
-    let weights = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap();
+    let weights = TensorFile::open(&source.join("adapter_model.safetensors")).unwrap();
     let mut all = weights.load_all(&Device::Cpu).unwrap();
     config(&mut json);
     tensors(&mut all);
@@ -119,7 +119,7 @@ fn a_loralib_file_needs_its_alpha_and_gives_the_scores_of_its_factors() {
     // RoBERTa's golden adapter in loralib's naming.
     let temp = tempfile::tempdir().unwrap();
     let source = golden().join("adapters/roberta_lora");
-    let all = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
+    let all = TensorFile::open(&source.join("adapter_model.safetensors")).unwrap().load_all(&Device::Cpu).unwrap();
     let bare = |name: &str| {
         let name = name.trim_start_matches("base_model.model.");
         name.replace(".lora_A.weight", ".lora_A").replace(".lora_B.weight", ".lora_B")
@@ -136,8 +136,8 @@ fn a_loralib_file_needs_its_alpha_and_gives_the_scores_of_its_factors() {
     let args = ["logits", "--model", &base, "--adapter", &file, "--ids", &ids, "--out", &target];
     assert!(fails(1, &args).contains("alpha"));
     ok(&[&args[..], &["--adapter-alpha", "4"]].concat());
-    let ours = MappedFile::open(&out).unwrap().load("logits", &Device::Cpu).unwrap();
-    let wanted = MappedFile::open(Path::new(&ids)).unwrap().load("logits", &Device::Cpu).unwrap();
+    let ours = TensorFile::open(&out).unwrap().load("logits", &Device::Cpu).unwrap();
+    let wanted = TensorFile::open(Path::new(&ids)).unwrap().load("logits", &Device::Cpu).unwrap();
     let d = (ours - wanted).unwrap().abs().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     assert!(d.iter().all(|d| *d < 1e-4), "{d:?}");
     // A layout that holds its own does not take another.

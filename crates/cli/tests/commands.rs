@@ -5,10 +5,10 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::{fails, golden, json, ok, text};
-use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_adapters::formats::safetensors::TensorFile;
 
 fn difference(file: &std::path::Path, expected: &Tensor) -> f32 {
-    let ours = MappedFile::open(file).unwrap().load("logits", &Device::Cpu).unwrap();
+    let ours = TensorFile::open(file).unwrap().load("logits", &Device::Cpu).unwrap();
     assert_eq!(ours.dims(), expected.dims());
     let differences = (ours - expected).unwrap().abs().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
     // NaN, which the maximum of a tensor passes over, is worse than any number.
@@ -35,7 +35,7 @@ fn logits_are_those_of_the_reference() {
             args.extend(["--adapter", adapter]);
         }
         ok(&args);
-        let expected = MappedFile::open(std::path::Path::new(&ids)).unwrap().load("logits", &Device::Cpu).unwrap();
+        let expected = TensorFile::open(std::path::Path::new(&ids)).unwrap().load("logits", &Device::Cpu).unwrap();
         assert!(difference(&out, &expected) < 1e-4);
     }
 }
@@ -64,7 +64,7 @@ fn merging_writes_a_model_with_the_scores_of_the_adapter() {
         let out = temp.path().join("out.safetensors");
         let ids = adapter.join("expected.safetensors");
         ok(&["logits", "--model", &text(&merged), "--ids", &text(&ids), "--out", &text(&out)]);
-        let expected = MappedFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
+        let expected = TensorFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
         let d = difference(&out, &expected);
         assert!(d < 1e-3, "{name}: {d}");
     }

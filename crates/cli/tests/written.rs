@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use common::{fails, golden, json, ok, run, text};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 
 fn base(name: &str) -> String {
     text(&golden().join("families").join(name))
@@ -36,7 +36,7 @@ fn scores(model: &str, adapter: Option<&str>, ids: &Path, out: &Path) -> Tensor 
         args.extend(["--adapter", adapter]);
     }
     ok(&args);
-    MappedFile::open(out).unwrap().load("logits", &Device::Cpu).unwrap()
+    TensorFile::open(out).unwrap().load("logits", &Device::Cpu).unwrap()
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -86,7 +86,7 @@ fn a_head_that_stays_while_the_table_changes_is_compared() {
         assert_eq!(report["unties"], unties, "{name}");
         assert!(report["max_difference"].as_f64().unwrap() < 1e-4, "{name}: {report}");
         let ids = golden().join("adapters").join(name).join("expected.safetensors");
-        let wanted = MappedFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
+        let wanted = TensorFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
         let d = difference(&scores(&text(&out), None, &ids, &temp.path().join("x.safetensors")), &wanted);
         assert!(d < 1e-4, "{name}: {d}");
     }
@@ -134,7 +134,7 @@ fn nothing_of_the_users_is_replaced() {
 fn rows_alone(folder: &Path) -> PathBuf {
     let source = golden().join("adapters/trainable_tokens_untied");
     std::fs::copy(source.join("adapter_config.json"), folder.join("adapter_config.json")).unwrap();
-    let file = MappedFile::open(&source.join("adapter_model.safetensors")).unwrap();
+    let file = TensorFile::open(&source.join("adapter_model.safetensors")).unwrap();
     let entries = file.load_all(&Device::Cpu).unwrap().into_iter().map(|(name, t)| {
         let t = if name.contains("lora_B") { t.zeros_like().unwrap() } else { t };
         Entry::of(name, &t)
@@ -170,7 +170,7 @@ fn a_probe_of_data_is_used_and_counted() {
 fn exports_are_verified_and_say_so_on_their_card() {
     let temp = tempfile::tempdir().unwrap();
     let (base, ids) = (base("llama_gqa_tied"), golden().join("adapters/pissa/expected.safetensors"));
-    let wanted = MappedFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
+    let wanted = TensorFile::open(&ids).unwrap().load("logits", &Device::Cpu).unwrap();
     let out = temp.path().join("peft");
     let report = json(&["export", "--model", &base, "--adapter", &adapter("pissa"), "--verify", "--out", &text(&out)]);
     assert!(report["max_difference"].as_f64().unwrap() < 1e-4, "{report}");

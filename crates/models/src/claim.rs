@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_adapters::formats::safetensors::TensorFile;
 
 use crate::export::COMPANIONS;
 use crate::{Error, Result};
@@ -42,7 +42,7 @@ pub fn claim(out: &Path, base: Option<&Path>) -> Result<()> {
         let path = out.join(name);
         let known = ["config.json", "model.safetensors.index.json", "README.md"];
         if name.ends_with(".safetensors") {
-            let ours = MappedFile::open(&path).is_ok_and(|file| file.metadata().contains_key(MARK));
+            let ours = TensorFile::open(&path).is_ok_and(|file| file.metadata().contains_key(MARK));
             if !ours {
                 return Err(refused(out, format!("the folder is not empty, and `{name}` was not written here")));
             }

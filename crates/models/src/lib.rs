@@ -27,6 +27,7 @@ mod transformer;
 pub use block::{BlockPass, FlatGradients};
 pub use cache::KvCache;
 pub use config::ModelConfig;
+pub use context::Context;
 pub use error::{Error, Result};
 pub use espalier_kernels::decode::Decoder;
 pub use input::TokenBatch;

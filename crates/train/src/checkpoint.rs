@@ -129,7 +129,7 @@ pub fn read_state(path: &Path) -> Result<State> {
 /// If a tensor is missing, left over, or has another shape.
 pub fn restore_parameters(path: &Path, parameters: &ParameterMap) -> Result<()> {
     let file = path.join(PARAMETERS);
-    let mut tensors = safetensors::MappedFile::open(&file)?.load_all(&Device::Cpu)?;
+    let mut tensors = safetensors::TensorFile::open(&file)?.load_all(&Device::Cpu)?;
     for parameter in parameters.trainable() {
         let saved = tensors
             .remove(&parameter.name)
@@ -155,7 +155,7 @@ pub fn restore(path: &Path, parameters: &ParameterMap, optimizer: &mut AdamW) ->
     let state = read_state(path)?;
     restore_parameters(path, parameters)?;
     let moments: BTreeMap<String, Tensor> =
-        safetensors::MappedFile::open(&path.join(OPTIMIZER))?.load_all(&Device::Cpu)?;
+        safetensors::TensorFile::open(&path.join(OPTIMIZER))?.load_all(&Device::Cpu)?;
     let moments = moments.into_iter().map(|(n, t)| Ok((n, t.to_dtype(DType::F32)?))).collect::<Result<_>>()?;
     optimizer.restore(moments, state.step)?;
     Ok(state)

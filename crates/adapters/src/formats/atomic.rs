@@ -4,89 +4,13 @@
 //! while the new one takes its place) and `.files.PID.new` (a complete set of files on its way in). A writer holds a lock
 //! on them, which the system lets go of when the process ends, however it ends; [`recover`] puts right what is left then.
 
-use std::cell::Cell;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use super::faults::{Limited, instant};
+pub use super::faults::{measured, with_kill_before, with_move_fault, with_write_fault, with_write_limit};
 use crate::{Error, Result};
-
-thread_local! {
-    static WRITE_LIMIT: Cell<Option<(u64, i32)>> = const { Cell::new(None) };
-    static KILL: Cell<Option<u32>> = const { Cell::new(None) };
-    static MOVE_LIMIT: Cell<Option<(u32, i32)>> = const { Cell::new(None) };
-}
-
-/// Puts a cell of this thread back to nothing, also when the test's closure panics.
-struct Reset<T: 'static>(&'static std::thread::LocalKey<Cell<Option<T>>>);
-
-impl<T: 'static> Drop for Reset<T> {
-    fn drop(&mut self) {
-        self.0.set(None);
-    }
-}
-
-/// The system's error number of a full disk.
-const NO_SPACE: i32 = 28;
-
-/// Runs `f` with every atomic write of this thread failing as a full disk after `bytes` more bytes: fault injection for
-/// tests of what survives.
-#[doc(hidden)]
-pub fn with_write_limit<T>(bytes: u64, f: impl FnOnce() -> T) -> T {
-    with_write_fault(bytes, NO_SPACE, f)
-}
-
-/// As [`with_write_limit`], with the system's error number `errno` for the writes that fail.
-#[doc(hidden)]
-pub fn with_write_fault<T>(bytes: u64, errno: i32, f: impl FnOnce() -> T) -> T {
-    WRITE_LIMIT.set(Some((bytes, errno)));
-    let _reset = Reset(&WRITE_LIMIT);
-    f()
-}
-
-/// Runs `f` with the `n`-th rename or removal (from 0) of this thread and all after it failing with the system's error
-/// number `errno`.
-#[doc(hidden)]
-pub fn with_move_fault<T>(n: u32, errno: i32, f: impl FnOnce() -> T) -> T {
-    MOVE_LIMIT.set(Some((n, errno)));
-    let _reset = Reset(&MOVE_LIMIT);
-    f()
-}
-
-/// Runs `f`; gives with its result the bytes it wrote and the renames and removals it made: the places for faults.
-#[doc(hidden)]
-pub fn measured<T>(f: impl FnOnce() -> T) -> (T, u64, u32) {
-    WRITE_LIMIT.set(Some((u64::MAX, NO_SPACE)));
-    MOVE_LIMIT.set(Some((u32::MAX, NO_SPACE)));
-    let _reset = (Reset(&WRITE_LIMIT), Reset(&MOVE_LIMIT));
-    let result = f();
-    let bytes = WRITE_LIMIT.get().map_or(0, |(left, _)| u64::MAX - left);
-    let moves = MOVE_LIMIT.get().map_or(0, |(left, _)| u32::MAX - left);
-    (result, bytes, moves)
-}
-
-/// Runs `f` and ends it by a panic before the `n`-th rename or removal (from 0) of this thread: a kill at that instant, for
-/// no clean-up of this file runs then.
-#[doc(hidden)]
-pub fn with_kill_before<T>(n: u32, f: impl FnOnce() -> T) -> T {
-    KILL.set(Some(n));
-    let _reset = Reset(&KILL);
-    f()
-}
-
-/// An instant at which a test may kill, or have the operation fail.
-fn instant() -> io::Result<()> {
-    if let Some(left) = KILL.get() {
-        assert!(left > 0, "killed by with_kill_before");
-        KILL.set(Some(left - 1));
-    }
-    match MOVE_LIMIT.get() {
-        Some((0, errno)) => return Err(io::Error::from_raw_os_error(errno)),
-        Some((left, errno)) => MOVE_LIMIT.set(Some((left - 1, errno))),
-        None => {}
-    }
-    Ok(())
-}
 
 fn rename(from: &Path, to: &Path) -> io::Result<()> {
     instant()?;
@@ -104,25 +28,6 @@ fn remove(path: &Path) -> io::Result<()> {
     match result {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
-    }
-}
-
-/// A file that honours the injected limit.
-struct Limited(File);
-
-impl Write for Limited {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let Some((left, errno)) = WRITE_LIMIT.get() else { return self.0.write(buf) };
-        if left == 0 && !buf.is_empty() {
-            return Err(io::Error::from_raw_os_error(errno));
-        }
-        let n = self.0.write(&buf[..buf.len().min(left as usize)])?;
-        WRITE_LIMIT.set(Some((left - n as u64, errno)));
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
     }
 }
 
@@ -166,10 +71,10 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -
         fs::create_dir_all(parent(path))?;
         let file = File::create(&temp)?;
         let _held = hold(&temp);
-        let mut out = BufWriter::with_capacity(1 << 20, Limited(file));
+        let mut out = BufWriter::with_capacity(1 << 20, Limited::new(file));
         fill(&mut out)?;
         out.flush()?;
-        out.get_ref().0.sync_all()?;
+        out.get_ref().get().sync_all()?;
         rename(&temp, path)?;
         sync_folder(&parent(path))
     };

@@ -70,7 +70,7 @@ pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
 pub fn read(folder: &Path) -> Result<AdapterFiles> {
     let mut config = read_config(folder)?;
     let path = folder.join(WEIGHTS_FILE);
-    let file = safetensors::MappedFile::open(&path)?;
+    let file = safetensors::TensorFile::open(&path)?;
     config.base_hash = file.metadata().get(BASE_HASH_KEY).cloned();
     let mut tensors = BTreeMap::new();
     let mut copies = BTreeMap::new();

@@ -111,8 +111,8 @@ pub fn detect(path: &Path) -> Form {
     if gguf_adapter::is_adapter(path) {
         return Form::Gguf;
     }
-    let Ok(file) = safetensors::MappedFile::open(path) else { return Form::Unknown };
-    let entries = file.entries().unwrap_or_default();
+    let Ok(file) = safetensors::TensorFile::open(path) else { return Form::Unknown };
+    let entries = file.entries();
     let any = |test: &dyn Fn(&str) -> bool| entries.iter().any(|(name, ..)| test(name));
     if any(&|n| n.ends_with(".lora_A")) && any(&|n| n.ends_with(".lora_B")) {
         Form::Loralib
@@ -183,7 +183,7 @@ pub fn claim(form: Form, folder: &Path, base: Option<&Path>) -> Result<()> {
     // The settings file has one name in both layouts.
     let same = more.is_none() && first == form.names().first().copied();
     let marked = |name: &str| {
-        let file = safetensors::MappedFile::open(&folder.join(name));
+        let file = safetensors::TensorFile::open(&folder.join(name));
         file.is_ok_and(|f| f.metadata().contains_key(BASE_HASH_KEY))
     };
     match same && first.is_some_and(marked) {

@@ -3,17 +3,17 @@
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::safetensors::MappedFile;
+use super::safetensors::TensorFile;
 use crate::Result;
 
 /// SHA-256 over the sorted names, dtypes, shapes and values of all tensors of `files`, however they are split into files.
 ///
 /// # Errors
 /// If a file is malformed.
-pub fn of_files(files: &[MappedFile]) -> Result<String> {
+pub fn of_files(files: &[TensorFile]) -> Result<String> {
     let mut entries = Vec::new();
     for file in files {
-        for (name, dtype, shape) in file.entries()? {
+        for (name, dtype, shape) in file.entries() {
             entries.push((name, format!("{dtype:?}{shape:?}"), file));
         }
     }
@@ -24,7 +24,7 @@ pub fn of_files(files: &[MappedFile]) -> Result<String> {
             let mut hash = Sha256::new();
             hash.update(name.as_bytes());
             hash.update(kind.as_bytes());
-            hash.update(file.view(name)?.data());
+            file.read(name, |piece| hash.update(piece))?;
             Ok(hash.finalize().to_vec())
         })
         .collect::<Result<Vec<_>>>()?;

@@ -9,7 +9,7 @@ use std::path::Path;
 use candle_core::Device;
 
 use super::folder::{AdapterFiles, check_finite};
-use super::safetensors::MappedFile;
+use super::safetensors::TensorFile;
 use crate::config::{AdapterConfig, BiasMode};
 use crate::parametrisation::MethodConfig;
 use crate::parametrisation::lora::Lora;
@@ -26,7 +26,7 @@ pub(super) fn read(path: &Path, alpha: Option<f64>) -> Result<AdapterFiles> {
             "files of loralib do not hold the scaling numerator; give it (the scripts of its authors use 16 or 32)";
         Error::config("alpha", format!("{}: {what}", path.display()))
     })?;
-    let file = MappedFile::open(path)?;
+    let file = TensorFile::open(path)?;
     let mut tensors = BTreeMap::new();
     let mut ranks: BTreeMap<String, usize> = BTreeMap::new();
     let mut whole = BTreeSet::new();

@@ -90,7 +90,7 @@ pub(super) fn read(folder: &Path) -> Result<AdapterFiles> {
     let config_path = folder.join(CONFIG_FILE);
     let settings = settings(&config_path)?;
     let path = folder.join(WEIGHTS_FILE);
-    let file = safetensors::MappedFile::open(&path)?;
+    let file = safetensors::TensorFile::open(&path)?;
     let mut tensors = BTreeMap::new();
     let mut modules = BTreeSet::new();
     for (key, tensor) in file.load_all(&Device::Cpu)? {

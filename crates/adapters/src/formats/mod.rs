@@ -4,6 +4,7 @@
 pub mod atomic;
 pub mod check;
 mod copies;
+pub mod faults;
 pub mod folder;
 pub mod forms;
 pub mod gguf;

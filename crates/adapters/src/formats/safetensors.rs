@@ -2,22 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use candle_core::{DType, Device, Tensor, WithDType};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::atomic;
 use crate::{Error, Result};
 
-/// A safetensors file mapped into memory, its header read once.
+/// A safetensors file, its header read once. Tensors are read when they are asked for, by the handle that read the header: a
+/// file that another process cuts off meanwhile is an error, and one that takes its name is not read.
 #[derive(Debug)]
-pub struct MappedFile {
+pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    file: File,
     places: BTreeMap<String, Place>,
     metadata: BTreeMap<String, String>,
 }
@@ -27,40 +29,66 @@ pub struct MappedFile {
 struct Place {
     dtype: Dtype,
     shape: Vec<usize>,
-    bytes: Range<usize>,
+    bytes: Range<u64>,
 }
 
-impl MappedFile {
-    /// Maps the file and checks its header against its length.
+/// Longest header that is read.
+const LONGEST_HEADER: u64 = 100_000_000;
+/// Bytes that are read at once.
+const PIECE: usize = 1 << 18;
+
+impl TensorFile {
+    /// Opens the file and checks its header against its length.
     ///
     /// # Errors
     /// If it cannot be read, is truncated, or its header is malformed.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: the map is read-only; a file changed by another process while it is mapped would change the values read,
-        // as with any reader of a file being written, but every access is bounds-checked against the mapped length.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        // The library checks sizes and offsets against the length of the file.
-        let wrong = |e| Error::format(path, describe(&map, &e));
-        SafeTensors::deserialize(&map).map_err(wrong)?;
-        let (length, header) = SafeTensors::read_metadata(&map).map_err(wrong)?;
-        check_names(path, &map)?;
-        let start = length + 8;
-        let places = header.tensors().into_iter().map(|(name, info)| {
-            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+        let io = |e| Error::io(path, e);
+        let file = File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        if length < 8 {
+            return Err(Error::format(
+                path,
+                format!("not a safetensors file: {length} bytes are too few for a header"),
+            ));
+        }
+        let mut head = [0; 8];
+        read_at(&file, &mut head, 0).map_err(io)?;
+        let size = u64::from_le_bytes(head);
+        let start = size.saturating_add(8);
+        if start > length {
+            return Err(Error::format(
+                path,
+                format!(
+                    "truncated or not a safetensors file: the header should take {size} bytes, the file has {length}"
+                ),
+            ));
+        }
+        let wrong =
+            |e: String| Error::format(path, format!("truncated or malformed safetensors file of {length} bytes ({e})"));
+        if size > LONGEST_HEADER {
+            return Err(wrong(format!("a header of {size} bytes")));
+        }
+        let mut text = vec![0; size as usize];
+        read_at(&file, &mut text, 8).map_err(io)?;
+        let header: Metadata = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+        check_names(path, &text)?;
+        let held = header.data_len() as u64;
+        if start.checked_add(held) != Some(length) {
+            return Err(wrong(format!("its tensors take {held} bytes, {} are there", length - start)));
+        }
+        let place = |(name, info): (String, &TensorInfo)| {
+            let bytes = start + info.data_offsets.0 as u64..start + info.data_offsets.1 as u64;
             (name, Place { dtype: info.dtype, shape: info.shape.clone(), bytes })
-        });
-        let places = places.collect();
+        };
+        let places = header.tensors().into_iter().map(place).collect();
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
-        Ok(Self { path: path.to_owned(), map, places, metadata })
+        Ok(Self { path: path.to_owned(), file, places, metadata })
     }
 
     /// Names, dtypes and shapes in name order.
-    ///
-    /// # Errors
-    /// None any more: the header was read when the file was opened.
-    pub fn entries(&self) -> Result<Vec<(String, Dtype, Vec<usize>)>> {
-        Ok(self.places.iter().map(|(name, p)| (name.clone(), p.dtype, p.shape.clone())).collect())
+    pub fn entries(&self) -> Vec<(String, Dtype, Vec<usize>)> {
+        self.places.iter().map(|(name, p)| (name.clone(), p.dtype, p.shape.clone())).collect()
     }
 
     /// The header's free metadata.
@@ -68,28 +96,71 @@ impl MappedFile {
         &self.metadata
     }
 
-    /// The bytes of one tensor, with dtype and shape.
+    fn place(&self, name: &str) -> Result<&Place> {
+        self.places.get(name).ok_or_else(|| Error::format(&self.path, format!("no tensor named `{name}`")))
+    }
+
+    /// Dtype and shape of one tensor.
     ///
     /// # Errors
     /// If there is no such tensor.
-    pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
-        let missing = || Error::format(&self.path, format!("no tensor named `{name}`"));
-        let place = self.places.get(name).ok_or_else(missing)?;
-        let bytes = self.map.get(place.bytes.clone()).ok_or_else(missing)?;
-        let fault = |e| Error::format(&self.path, format!("tensor `{name}`: {e}"));
-        TensorView::new(place.dtype, place.shape.clone(), bytes).map_err(fault)
+    pub fn kind(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        self.place(name).map(|place| (place.dtype, place.shape.as_slice()))
+    }
+
+    /// Gives the bytes of one tensor to `take`, piece by piece; each piece is whole numbers of 8 bytes, the last one aside.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or the file has become shorter since it was opened.
+    pub fn read(&self, name: &str, mut take: impl FnMut(&[u8])) -> Result<()> {
+        let Range { start, end } = self.place(name)?.bytes;
+        let mut piece = vec![0; PIECE.min((end - start) as usize)];
+        let mut at = start;
+        while at < end {
+            let here = piece.len().min((end - at) as usize);
+            let piece = &mut piece[..here];
+            read_at(&self.file, piece, at).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => Error::format(
+                    &self.path,
+                    format!(
+                        "tensor `{name}`: the file was cut off after it was opened; bytes {start} to {end} are wanted"
+                    ),
+                ),
+                _ => Error::io(&self.path, e),
+            })?;
+            take(piece);
+            at += here as u64;
+        }
+        Ok(())
     }
 
     /// One tensor on `device`, in the file's dtype.
     ///
     /// # Errors
-    /// If there is no such tensor or its dtype is not read here.
+    /// If there is no such tensor, its dtype is not read here, or the file has become shorter.
     pub fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let view = self.view(name)?;
-        let dtype = dtype_of(view.dtype()).ok_or_else(|| {
-            Error::format(&self.path, format!("tensor `{name}` has dtype {:?}, which is not read here", view.dtype()))
-        })?;
-        Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), device)?)
+        fn values<T: WithDType, const N: usize>(
+            file: &TensorFile,
+            name: &str,
+            shape: &[usize],
+            device: &Device,
+            from: fn([u8; N]) -> T,
+        ) -> Result<Tensor> {
+            let mut all = Vec::with_capacity(shape.iter().product());
+            file.read(name, |piece| all.extend(piece.as_chunks().0.iter().copied().map(from)))?;
+            Ok(Tensor::from_vec(all, shape, device)?)
+        }
+        let (dtype, shape) = self.kind(name)?;
+        match dtype {
+            Dtype::F64 => values(self, name, shape, device, f64::from_le_bytes),
+            Dtype::F32 => values(self, name, shape, device, f32::from_le_bytes),
+            Dtype::F16 => values(self, name, shape, device, half::f16::from_le_bytes),
+            Dtype::BF16 => values(self, name, shape, device, half::bf16::from_le_bytes),
+            Dtype::I64 => values(self, name, shape, device, i64::from_le_bytes),
+            Dtype::U32 => values(self, name, shape, device, u32::from_le_bytes),
+            Dtype::U8 => values(self, name, shape, device, u8::from_le_bytes),
+            _ => Err(Error::format(&self.path, format!("tensor `{name}` has dtype {dtype:?}, which is not read here"))),
+        }
     }
 
     /// All tensors on `device`.
@@ -106,27 +177,30 @@ impl MappedFile {
     }
 }
 
+/// Fills `to` with the bytes from `offset` on, wherever other readers of the file are.
+fn read_at(file: &File, to: &mut [u8], offset: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, to, offset);
+    #[cfg(windows)]
+    {
+        let (mut to, mut offset) = (to, offset);
+        while !to.is_empty() {
+            match std::os::windows::fs::FileExt::seek_read(file, to, offset)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => (to, offset) = (&mut to[n..], offset + n as u64),
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Whether the header has every name once: of two entries the reader would take one in silence.
-fn check_names(path: &Path, map: &[u8]) -> Result<()> {
-    let end = map.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes) as usize;
-    let header = map.get(8..end.saturating_add(8)).unwrap_or_default();
+fn check_names(path: &Path, header: &[u8]) -> Result<()> {
     let Names(mut names) = serde_json::from_slice(header).map_err(|e| Error::format(path, e.to_string()))?;
     names.sort_unstable();
     match names.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(Error::format(path, format!("tensor `{}` is twice in the header", pair[0]))),
         None => Ok(()),
-    }
-}
-
-fn describe(map: &[u8], error: &safetensors::SafeTensorError) -> String {
-    let length = map.len();
-    let header = map.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
-    match header {
-        None => format!("not a safetensors file: {length} bytes are too few for a header"),
-        Some(n) if n.saturating_add(8) > length as u64 => {
-            format!("truncated or not a safetensors file: the header should take {n} bytes, the file has {length}")
-        }
-        Some(_) => format!("truncated or malformed safetensors file of {length} bytes ({error})"),
     }
 }
 
@@ -153,19 +227,6 @@ impl<'de> Deserialize<'de> for Names {
         }
         deserializer.deserialize_map(Keys)
     }
-}
-
-fn dtype_of(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::F64 => DType::F64,
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        Dtype::I64 => DType::I64,
-        Dtype::U32 => DType::U32,
-        Dtype::U8 => DType::U8,
-        _ => return None,
-    })
 }
 
 fn file_dtype(dtype: DType) -> Option<Dtype> {

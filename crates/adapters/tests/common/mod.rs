@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::attach::{Attached, Origin, attach};
 use espalier_adapters::formats::hash::of_parts;
-use espalier_adapters::formats::safetensors::{MappedFile, bytes_of};
+use espalier_adapters::formats::safetensors::{TensorFile, bytes_of};
 use espalier_adapters::module::NormKind;
 use espalier_adapters::random::{normal, stream};
 use espalier_adapters::{
@@ -132,7 +132,7 @@ pub(crate) struct Skeleton {
 
 impl Skeleton {
     pub(crate) fn of(family: &str) -> Self {
-        let file = MappedFile::open(&golden().join("families").join(family).join("model.safetensors")).unwrap();
+        let file = TensorFile::open(&golden().join("families").join(family).join("model.safetensors")).unwrap();
         let tensors: BTreeMap<String, Tensor> = file.load_all(&Device::Cpu).unwrap();
         let turned = family == "gpt2";
         let mut made = Self {

@@ -54,7 +54,7 @@ fn fact(name: &str, value: impl Serialize) -> (String, Value) {
 }
 
 fn tensor_lines(path: &Path) -> Result<(Vec<String>, usize)> {
-    let entries = safetensors::MappedFile::open(path)?.entries()?;
+    let entries = safetensors::TensorFile::open(path)?.entries();
     let values = entries.iter().map(|(_, _, shape)| shape.iter().product::<usize>()).sum();
     Ok((entries.into_iter().map(|(name, dtype, shape)| format!("{name} {dtype:?} {shape:?}")).collect(), values))
 }
@@ -111,10 +111,10 @@ impl Inspect {
         let mut items = Vec::new();
         for name in &names {
             if let Some(file) = files.file_of(name) {
-                let view = file.view(name)?;
-                values += view.shape().iter().product::<usize>();
+                let (dtype, shape) = file.kind(name)?;
+                values += shape.iter().product::<usize>();
                 if self.tensors {
-                    items.push(format!("{name} {:?} {:?}", view.dtype(), view.shape()));
+                    items.push(format!("{name} {dtype:?} {shape:?}"));
                 }
             }
         }

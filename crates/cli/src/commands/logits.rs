@@ -41,7 +41,7 @@ impl fmt::Display for Written {
 
 impl Logits {
     pub(crate) fn run(self, out: Output) -> Result<()> {
-        let file = safetensors::MappedFile::open(&self.ids)?;
+        let file = safetensors::TensorFile::open(&self.ids)?;
         let ids = file.load("ids", &Device::Cpu)?;
         if ids.rank() != 2 {
             bail!("{}: `ids` must be [b, t], is {:?}", self.ids.display(), ids.dims());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use espalier_adapters::FrozenWeight;
-use espalier_adapters::formats::{hash, safetensors::MappedFile};
+use espalier_adapters::formats::{hash, safetensors::TensorFile};
 use serde_json::Value;
 
 use super::{LoadOptions, WeightSource};
@@ -15,16 +15,16 @@ use crate::{Error, Result};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// The mapped weight files of a folder.
+/// The weight files of a folder.
 #[derive(Debug)]
 pub struct WeightFiles {
     folder: PathBuf,
-    files: Vec<MappedFile>,
+    files: Vec<TensorFile>,
     place: BTreeMap<String, usize>,
 }
 
 impl WeightFiles {
-    /// Maps `model.safetensors`, the shards of its index, or any single safetensors file of the folder.
+    /// Opens `model.safetensors`, the shards of its index, or any single safetensors file of the folder.
     ///
     /// # Errors
     /// If there is none, one is truncated, or the index and the shards disagree.
@@ -33,8 +33,8 @@ impl WeightFiles {
         let mut files = Vec::with_capacity(names.len());
         let mut place = BTreeMap::new();
         for name in names {
-            let file = MappedFile::open(&folder.join(&name))?;
-            for (tensor, ..) in file.entries()? {
+            let file = TensorFile::open(&folder.join(&name))?;
+            for (tensor, ..) in file.entries() {
                 if place.insert(tensor.clone(), files.len()).is_some() {
                     return Err(Error::NotAModel {
                         path: folder.to_owned(),
@@ -58,7 +58,7 @@ impl WeightFiles {
     }
 
     /// The file that holds a tensor.
-    pub fn file_of(&self, name: &str) -> Option<&MappedFile> {
+    pub fn file_of(&self, name: &str) -> Option<&TensorFile> {
         self.place.get(name).map(|i| &self.files[*i])
     }
 

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::Flow;
-use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_adapters::formats::safetensors::TensorFile;
 use espalier_models::{LoadOptions, Model, TokenBatch};
 
 pub(crate) fn golden() -> PathBuf {
@@ -15,7 +15,7 @@ pub(crate) fn golden() -> PathBuf {
 }
 
 pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
-    MappedFile::open(path).unwrap().load_all(&Device::Cpu).unwrap()
+    TensorFile::open(path).unwrap().load_all(&Device::Cpu).unwrap()
 }
 
 pub(crate) fn rows(ids: &Tensor) -> Vec<Vec<u32>> {

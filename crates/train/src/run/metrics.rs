@@ -5,7 +5,7 @@
 //! so a killed process loses at most the line it was writing; [`MetricsWriter::resume`] removes such a torn tail and
 //! every record after the checkpoint, and keeps the other lines byte for byte.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use espalier_adapters::formats::atomic;
+use espalier_adapters::formats::faults::Limited;
 
 use super::RunError;
 
@@ -150,7 +151,7 @@ pub struct Resumed {
 /// Appends records to `metrics.jsonl`.
 #[derive(Debug)]
 pub struct MetricsWriter {
-    file: File,
+    file: Limited,
     path: PathBuf,
     /// Bytes of whole lines; anything behind is the rest of a failed write.
     len: u64,
@@ -169,7 +170,7 @@ impl MetricsWriter {
         if len > 0 {
             return Err(RunError::Exists { path: path.to_path_buf() });
         }
-        Ok(Self { file, path: path.to_path_buf(), len: 0 })
+        Ok(Self { file: Limited::new(file), path: path.to_path_buf(), len: 0 })
     }
 
     /// Continues after optimiser step `step`: keeps the records up to and including it, drops later ones and a torn
@@ -199,7 +200,7 @@ impl MetricsWriter {
             atomic::write(path, |w| w.write_all(&whole))?;
         }
         let file = OpenOptions::new().write(true).open(path).map_err(|e| RunError::io("open", path, e))?;
-        let writer = Self { file, path: path.to_path_buf(), len: whole.len() as u64 };
+        let writer = Self { file: Limited::new(file), path: path.to_path_buf(), len: whole.len() as u64 };
         Ok((writer, Resumed { kept, dropped: total - kept, torn }))
     }
 
@@ -222,7 +223,7 @@ impl MetricsWriter {
             }
             Err(e) => {
                 // If cutting the torn part off fails as well, the next append or the next reader does it.
-                let _ = self.file.set_len(self.len);
+                let _ = self.file.get().set_len(self.len);
                 Err(RunError::io("append to", &self.path, e))
             }
         }
@@ -233,7 +234,7 @@ impl MetricsWriter {
     /// # Errors
     /// [`RunError::Io`].
     pub fn sync(&self) -> Result<(), RunError> {
-        self.file.sync_data().map_err(|e| RunError::io("sync", &self.path, e))
+        self.file.get().sync_data().map_err(|e| RunError::io("sync", &self.path, e))
     }
 
     /// The file being written.
@@ -242,9 +243,10 @@ impl MetricsWriter {
     }
 
     fn put(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.file.seek(SeekFrom::End(0))? != self.len {
-            self.file.set_len(self.len)?;
-            self.file.seek(SeekFrom::Start(self.len))?;
+        let file = self.file.get_mut();
+        if file.seek(SeekFrom::End(0))? != self.len {
+            file.set_len(self.len)?;
+            file.seek(SeekFrom::Start(self.len))?;
         }
         self.file.write_all(line)?;
         self.file.flush()
@@ -296,7 +298,7 @@ mod tests {
     fn full_disk_is_an_error_that_names_the_file() {
         let path = PathBuf::from("/dev/full");
         let file = OpenOptions::new().write(true).open(&path).unwrap();
-        let mut writer = MetricsWriter { file, path, len: 0 };
+        let mut writer = MetricsWriter { file: Limited::new(file), path, len: 0 };
         let error = writer.append(&StepRecord { step: 1, ..Default::default() }.into()).unwrap_err().to_string();
         assert!(error.contains("append to /dev/full") && error.contains("No space"), "{error}");
         assert_eq!(writer.len, 0);

@@ -6,10 +6,12 @@
 //!           summary = repeated 1 value { 1 tag string, 2 simple_value f32 }; session_log = { 1 status, START = 1 }
 //! Source:   tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto, framework/summary.proto
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use espalier_adapters::formats::faults::Limited;
 
 use super::RunError;
 
@@ -18,7 +20,7 @@ const VERSION: &str = "brain.Event:2";
 /// Writes one event file into a run folder.
 #[derive(Debug)]
 pub struct EventWriter {
-    file: File,
+    file: Limited,
     path: PathBuf,
 }
 
@@ -42,7 +44,7 @@ impl EventWriter {
                 Err(e) => return Err(RunError::io("create", &path, e)),
             }
         };
-        let mut writer = Self { file, path };
+        let mut writer = Self { file: Limited::new(file), path };
         let mut event = Vec::new();
         put_f64(&mut event, 1, now().as_secs_f64());
         put_bytes(&mut event, 3, VERSION.as_bytes());
@@ -97,11 +99,11 @@ impl EventWriter {
         bytes.extend_from_slice(&masked(crc32c(&len)).to_le_bytes());
         bytes.extend_from_slice(data);
         bytes.extend_from_slice(&masked(crc32c(data)).to_le_bytes());
-        let before = self.file.metadata().map(|m| m.len());
+        let before = self.file.get().metadata().map(|m| m.len());
         self.file.write_all(&bytes).map_err(|e| {
             // A torn record would hide everything behind it from every reader.
             if let Ok(len) = before {
-                let _ = self.file.set_len(len);
+                let _ = self.file.get().set_len(len);
             }
             RunError::io("append to", &self.path, e)
         })
