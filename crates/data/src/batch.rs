@@ -161,6 +161,17 @@ impl Batcher {
         self.fill(plan.get(from..to).unwrap_or_default())
     }
 
+    /// The batch of an epoch with the most places, padding included; the first of several. None where there is no batch.
+    pub fn widest(&self, epoch: u64) -> Result<Option<usize>> {
+        let plan = self.plan(epoch)?;
+        let length = |draw: &Draw| self.mixture.parts().get(draw.part).map_or(0, |part| part.store.length(draw.index));
+        let places = |rows: &[Vec<Draw>]| {
+            rows.len() * rows.iter().map(|row| row.iter().map(length).sum::<usize>()).max().unwrap_or(0)
+        };
+        let batches = plan.chunks(self.options.batch_size).take(self.len_per_epoch(epoch)?);
+        Ok(batches.map(places).enumerate().rev().max_by_key(|(_, places)| *places).map(|(index, _)| index))
+    }
+
     /// The rows of an epoch; the last epoch asked for is remembered.
     fn plan(&self, epoch: u64) -> Result<Plan> {
         let mut kept = self.plan.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

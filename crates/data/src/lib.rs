@@ -8,6 +8,8 @@ mod batch;
 mod detect;
 mod encode;
 mod error;
+#[doc(hidden)]
+pub mod faults;
 mod inspect;
 mod mix;
 mod pack;

@@ -16,6 +16,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::error::{DataError, Result};
+use crate::faults;
 use crate::row::Row;
 use crate::source::Source;
 
@@ -100,7 +101,6 @@ pub fn train_tokenizer(source: &Source, options: &TokenizerOptions, folder: &Pat
     tokenizer.train(&mut trainer, texts.into_iter()).map_err(fault)?;
     std::fs::create_dir_all(folder).map_err(DataError::io(folder))?;
     let json = tokenizer.to_string(true).map_err(fault)?;
-    write(folder, "tokenizer.json", &json)?;
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": TURN_END,
@@ -108,19 +108,42 @@ pub fn train_tokenizer(source: &Source, options: &TokenizerOptions, folder: &Pat
         "clean_up_tokenization_spaces": false,
         "model_max_length": 1_000_000,
     });
-    write(folder, "tokenizer_config.json", &format!("{config:#}\n"))?;
-    write(folder, "chat_template.jinja", options.chat_template.as_deref().unwrap_or(CHATML))?;
+    let template = options.chat_template.as_deref().unwrap_or(CHATML);
+    let config = format!("{config:#}\n");
+    // The tokenizer goes first and comes last: a folder without it is none, whatever else is there.
+    write(folder, &[("tokenizer_config.json", &config), ("chat_template.jinja", template), ("tokenizer.json", &json)])?;
     Ok((tokenizer.get_vocab_size(true), rows))
 }
 
-fn write(folder: &Path, name: &str, text: &str) -> Result<()> {
-    let path = folder.join(name);
-    let run = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&path).map_err(|e| e.error)?;
-        Ok(())
-    };
-    run().map_err(DataError::io(&path))
+/// Writes files that belong together: all beside their places first, then each into its own. The last one is never there beside
+/// another of the earlier set.
+fn write(folder: &Path, files: &[(&str, &str)]) -> Result<()> {
+    let mut ready = Vec::with_capacity(files.len());
+    for (name, text) in files {
+        let path = folder.join(name);
+        let run = || -> std::io::Result<tempfile::NamedTempFile> {
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            let mut left = text.as_bytes();
+            while !left.is_empty() {
+                let (now, rest) = left.split_at(faults::allowed(left.len())?);
+                file.write_all(now)?;
+                left = rest;
+            }
+            file.as_file().sync_all()?;
+            Ok(file)
+        };
+        ready.push((run().map_err(DataError::io(&path))?, path));
+    }
+    if let Some((_, last)) = ready.last() {
+        let removed = faults::instant().and_then(|()| match std::fs::remove_file(last) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        });
+        removed.map_err(DataError::io(last))?;
+    }
+    for (file, path) in ready {
+        faults::instant().map_err(DataError::io(&path))?;
+        file.persist(&path).map_err(|e| DataError::io(&path)(e.error))?;
+    }
+    Ok(())
 }

@@ -122,6 +122,37 @@ fn the_cache_is_used_and_repaired() {
 }
 
 #[test]
+fn a_store_that_is_damaged_while_it_is_in_use_is_an_error() {
+    let folder = TempDir::new().unwrap();
+    let rows: String = (0..40).map(|n| format!("{{\"text\": \"row {n} hello world\"}}\n")).collect();
+    let source = source(folder.path(), &rows, false);
+    let store = TokenStore::build(&source, &codec(None), Some(folder.path())).unwrap();
+    let file = store.path().unwrap().to_path_buf();
+    let whole = std::fs::read(&file).unwrap();
+    let damage = |bytes: &[u8]| {
+        // In place: the map is of this file, not of one that takes its name.
+        let mut open = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+        std::io::Write::write_all(&mut open, bytes).unwrap();
+        open.set_len(bytes.len() as u64).unwrap();
+    };
+    let all = || (0..store.len()).map(|at| store.get(at).map(|_| ())).collect::<Vec<_>>();
+    assert!(all().iter().all(Result::is_ok));
+    let places: usize = (0..store.len()).map(|at| 8 * store.length(at)).sum();
+    for at in (0..places + 40 * store.len()).step_by(7) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        damage(&bytes);
+        let faults: Vec<String> = all().into_iter().filter_map(Result::err).map(|e| e.to_string()).collect();
+        assert!(!faults.is_empty() && faults.iter().all(|e| e.contains(".tokens")), "byte {at}: {faults:?}");
+    }
+    damage(&whole[..whole.len() / 2]);
+    let faults: Vec<String> = all().into_iter().filter_map(Result::err).map(|e| e.to_string()).collect();
+    assert!(faults.len() == store.len() && faults[0].contains("cut off while it was in use"), "{faults:?}");
+    damage(&whole);
+    assert!(all().iter().all(Result::is_ok));
+}
+
+#[test]
 fn every_input_changes_the_key() {
     let folder = TempDir::new().unwrap();
     let content = "{\"text\": \"hello\"}\n";

@@ -1,7 +1,8 @@
 //! Encoded examples of one pass over the data, in one flat file opened by memory map, or in memory where small.
 //!
-//! Layout: for each example its ids `[t]` u32 and labels `[t]` i32; then one [`RECORD`] of 32 bytes an example (offset u64,
-//! tokens u32, class u32 with `u32::MAX` for none, line u64, file u32, trained tokens u32); then the footer as JSON, its
+//! Layout: for each example its ids `[t]` u32 and labels `[t]` i32; then one [`RECORD`] of 40 bytes an example (offset u64,
+//! tokens u32, class u32 with `u32::MAX` for none, line u64, file u32, trained tokens u32, and the first 8 bytes of the
+//! SHA-256 over its ids, its labels and the record so far); then the footer as JSON, its
 //! length u64, SHA-256 of all before, and the mark. All numbers are little-endian. Memory does not grow with the data.
 
 mod build;
@@ -20,8 +21,10 @@ pub use build::cache_key;
 use crate::encode::{Example, IGNORE};
 use crate::error::{DataError, Result};
 
-const MARK: &[u8; 8] = b"ESPTOK01";
-const RECORD: usize = 32;
+const MARK: &[u8; 8] = b"ESPTOK02";
+const RECORD: usize = 40;
+/// Bytes of a record before its checksum.
+const FACTS: usize = 32;
 /// Footer length, checksum and mark.
 const TAIL: usize = 8 + 32 + 8;
 
@@ -59,7 +62,8 @@ struct Footer {
 #[derive(Debug)]
 enum Storage {
     Memory(Vec<u8>),
-    Map(Mmap),
+    /// A file that others can cut off while it is mapped: its length is asked for before its bytes are touched.
+    Map(Mmap, File),
 }
 
 /// Encoded examples with random access.
@@ -126,7 +130,7 @@ impl TokenStore {
         if length < TAIL as u64 {
             return Err(store_fault(path, "too short; it is no token store or was cut off"));
         }
-        Self::from_storage(map(&file, path)?, path.to_path_buf())
+        Self::from_storage(map(file, path)?, path.to_path_buf())
     }
 
     fn from_storage(storage: Storage, path: PathBuf) -> Result<Self> {
@@ -183,10 +187,13 @@ impl TokenStore {
             return None;
         }
         let at = self.footer.records_at as usize + index * RECORD;
+        if !self.storage.is_whole() {
+            return None;
+        }
         self.storage.bytes().get(at..at + RECORD)
     }
 
-    /// Tokens of example `index`; 0 where there is none.
+    /// Tokens of example `index`; 0 where there is none, or the file was cut off.
     pub fn length(&self, index: usize) -> usize {
         self.record(index).map_or(0, |record| number(record, 8, 4) as usize)
     }
@@ -196,8 +203,11 @@ impl TokenStore {
         (0..self.len()).map(|index| self.length(index))
     }
 
-    /// Example `index`, in the order of the data.
+    /// Example `index`, in the order of the data. A file that was changed or cut off since it was opened is an error.
     pub fn get(&self, index: usize) -> Result<ExampleRef<'_>> {
+        if !self.storage.is_whole() {
+            return Err(store_fault(&self.path, "the file was cut off while it was in use; delete it and go on"));
+        }
         let record = self.record(index).ok_or(DataError::Index { what: "example", index, len: self.len() })?;
         let offset = number(record, 0, 8) as usize;
         let bytes = 4 * number(record, 8, 4) as usize;
@@ -207,6 +217,15 @@ impl TokenStore {
         let (Some(ids), Some(labels)) = (part(offset), part(offset + bytes)) else {
             return Err(store_fault(&self.path, "an example lies outside of the file"));
         };
+        let (facts, sum) = record.split_at(FACTS);
+        if checksum(ids, labels, facts) != sum {
+            return Err(store_fault(
+                &self.path,
+                format!(
+                    "the checksum of example {index} differs; the file was damaged while it was in use: delete it and go on"
+                ),
+            ));
+        }
         Ok(ExampleRef {
             ids,
             labels,
@@ -243,16 +262,31 @@ impl Storage {
     fn bytes(&self) -> &[u8] {
         match self {
             Storage::Memory(bytes) => bytes,
-            Storage::Map(map) => map,
+            Storage::Map(map, _) => map,
+        }
+    }
+
+    /// Whether all bytes can be read: touching what a file no longer has ends the process.
+    fn is_whole(&self) -> bool {
+        match self {
+            Storage::Memory(_) => true,
+            Storage::Map(map, file) => file.metadata().is_ok_and(|m| m.len() >= map.len() as u64),
         }
     }
 }
 
-fn map(file: &File, path: &Path) -> Result<Storage> {
-    // SAFETY: store files are written once, under a temporary name, and never changed after they get their own; another
-    // process that shortens the file meanwhile breaks the contract of the cache folder.
-    let map = unsafe { Mmap::map(file) }.map_err(DataError::io(path))?;
-    Ok(Storage::Map(map))
+/// What a record says of its example's bytes.
+fn checksum(ids: &[u8], labels: &[u8], facts: &[u8]) -> [u8; RECORD - FACTS] {
+    let sum = Sha256::new().chain_update(ids).chain_update(labels).chain_update(facts).finalize();
+    std::array::from_fn(|i| sum[i])
+}
+
+fn map(file: File, path: &Path) -> Result<Storage> {
+    // SAFETY: store files are written once, under a temporary name, and never changed after they get their own. Another
+    // process that breaks this is found out by the length, asked for before each access, and the checksum of each example;
+    // only one that shortens the file within an access is not.
+    let map = unsafe { Mmap::map(&file) }.map_err(DataError::io(path))?;
+    Ok(Storage::Map(map, file))
 }
 
 fn store_fault(path: &Path, message: impl Into<String>) -> DataError {

@@ -11,6 +11,7 @@ use tempfile::{NamedTempFile, SpooledData, SpooledTempFile};
 use super::{Footer, MARK, Report, Storage, TokenStore, count_trained, map};
 use crate::encode::Example;
 use crate::error::{DataError, Location, Result};
+use crate::faults;
 
 /// Bytes of examples, and of records, that are held in memory before a file takes them.
 const IN_MEMORY: usize = 64 << 20;
@@ -27,7 +28,7 @@ impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Sink::Memory(file) => file.write(bytes),
-            Sink::File(file) => file.write(bytes),
+            Sink::File(file) => file.write(bytes.get(..faults::allowed(bytes.len())?).unwrap_or_default()),
         }
     }
 
@@ -101,6 +102,7 @@ impl Writer {
         record.extend(location.line.to_le_bytes());
         record.extend((file as u32).to_le_bytes());
         record.extend((trained as u32).to_le_bytes());
+        record.extend(super::checksum(&ids, &labels, &record));
         self.records.write_all(&record).map_err(DataError::io(&self.path))?;
         self.report.used += 1;
         self.report.truncated += u64::from(example.truncated);
@@ -141,15 +143,16 @@ impl Writer {
         let storage = match sink {
             Sink::Memory(spooled) => match spooled.into_inner() {
                 SpooledData::InMemory(bytes) => Storage::Memory(bytes.into_inner()),
-                SpooledData::OnDisk(file) => map(&file, &path)?,
+                SpooledData::OnDisk(file) => map(file, &path)?,
             },
             Sink::File(file) => {
                 file.as_file().sync_all().map_err(DataError::io(&path))?;
+                faults::instant().map_err(DataError::io(&path))?;
                 let file = file.persist(&path).map_err(|error| DataError::io(&path)(error.error))?;
                 if let Some(folder) = path.parent().and_then(|folder| std::fs::File::open(folder).ok()) {
                     folder.sync_all().map_err(DataError::io(&path))?;
                 }
-                map(&file, &path)?
+                map(file, &path)?
             }
         };
         TokenStore::from_storage(storage, path)
