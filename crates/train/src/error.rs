@@ -59,6 +59,21 @@ pub enum Error {
         /// One line for each difference.
         changes: Vec<String>,
     },
+    /// There is not enough memory for the run.
+    #[error(
+        "the run needs about {} MiB of memory, of which it holds {}; {} MiB more can be had, {} too little",
+        total >> 20, held >> 20, available >> 20, (total - held - available).div_ceil(1 << 20)
+    )]
+    Memory {
+        /// Estimated peak in bytes.
+        total: u64,
+        /// What of it is in use.
+        held: u64,
+        /// What can still be had.
+        available: u64,
+        /// What of the peak grows with the batch.
+        activations: u64,
+    },
     /// Trainable tensors are not trained.
     #[error("{} trainable tensors are not trained after {steps} steps:\n{}", tensors.len(), tensors.join("\n"))]
     NotTrained {
@@ -120,9 +135,15 @@ impl Error {
             Self::Adapter(e) => e.hint(),
             Self::Model(e) => e.hint(),
             Self::NotFinite { .. } => Some(
-                "lower the learning rate, set max_grad_norm, or train in f32; then go on with `espalier train --resume DIR`"
+                "lower the learning rate, set max_grad_norm, or train in f32, in a run folder of its own: the checkpoint goes on only \
+                 with the recipe it was made with, to the same step"
                     .into(),
             ),
+            Self::Memory { activations, .. } => Some(format!(
+                "{} MiB of it grow with the batch: set a smaller batch_size (with more accumulation), a smaller max_length, or \
+                 checkpointing; less weight is held with quantization; --allow-memory goes on nevertheless",
+                activations >> 20
+            )),
             Self::NotTrained { .. } => Some(
                 "leave them out of the adapter (target_modules, modules_to_save, bias), or give rows that use them".into(),
             ),

@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::DeviceLocation;
 use espalier_adapters::Host;
 use espalier_adapters::formats::folder::{CONFIG_FILE, WEIGHTS_FILE};
-use espalier_adapters::formats::{hash, safetensors::MappedFile};
+use espalier_adapters::formats::{hash, safetensors::TensorFile};
 use espalier_models::Model;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -48,9 +48,35 @@ pub struct Machine {
     pub version: String,
 }
 
-/// Keys that may differ when a run goes on, because they do not change what is computed.
-const FREE: &[&str] =
-    &["out", "save_every", "keep_checkpoints", "cache_dir", "tags", "checkpointing", "device", "allow_base"];
+/// Keys that may differ when a run goes on, because they do not change what is computed, each with the reason.
+const FREE: &[(&str, &str)] = &[
+    ("out", "the folder itself is what the run goes on in"),
+    ("save_every", "a checkpoint changes nothing of what follows it"),
+    ("keep_checkpoints", "a checkpoint changes nothing of what follows it"),
+    ("cache_dir", "the tokens are compared, wherever they are kept"),
+    ("tags", "they stand in the model card only"),
+    ("checkpointing", "blocks that are recomputed give the same bits"),
+    ("device", "the dtype in use is compared; another device is said, as bits may differ there"),
+    ("allow_base", "the base is compared by its content"),
+];
+
+/// Keys in place of which what they stood for is compared.
+const RESOLVED: [&str; 2] = ["dtype", "init_adapter"];
+
+/// Why a recipe key may differ when a run goes on; None if it may not.
+pub fn why_free(key: &str) -> Option<&'static str> {
+    FREE.iter().find(|(free, _)| *free == key).map(|(_, why)| *why)
+}
+
+/// Whether what a recipe key stands for is compared in place of its value.
+pub fn is_resolved(key: &str) -> bool {
+    RESOLVED.contains(&key)
+}
+
+/// Whether a key of a `config.json` says nothing about what the model computes.
+pub fn without_meaning(key: &str) -> bool {
+    WITHOUT_MEANING.contains(&key)
+}
 
 /// Keys of a `config.json` that say nothing about what the model computes.
 const WITHOUT_MEANING: &[&str] = &[
@@ -102,9 +128,10 @@ impl Identity {
             }
         };
         // Where both sides say what a name stood for, that is compared in place of the name.
-        let mut free = FREE.to_vec();
-        free.extend((self.machine.is_some() && now.machine.is_some()).then_some("dtype"));
-        free.extend((self.init_adapter.is_some() && now.init_adapter.is_some()).then_some("init_adapter"));
+        let mut free: Vec<&str> = FREE.iter().map(|(key, _)| *key).collect();
+        let [dtype, start] = RESOLVED;
+        free.extend((self.machine.is_some() && now.machine.is_some()).then_some(dtype));
+        free.extend((self.init_adapter.is_some() && now.init_adapter.is_some()).then_some(start));
         differ("recipe", &self.recipe, &now.recipe, &free);
         if let (Some(old), Some(new)) = (&self.config, &now.config) {
             differ("base model's config", old, new, &[]);
@@ -191,7 +218,7 @@ impl Machine {
 /// What a `config.json`, or the keys made of a GGUF file's metadata, says of the architecture.
 fn config(model: &Model) -> BTreeMap<String, String> {
     let keys = model.config().raw.as_object().into_iter().flatten();
-    keys.filter(|(key, value)| !value.is_null() && !WITHOUT_MEANING.contains(&key.as_str()))
+    keys.filter(|(key, value)| !value.is_null() && !without_meaning(key))
         .map(|(key, value)| (key.clone(), sorted(value).to_string()))
         .collect()
 }
@@ -217,6 +244,6 @@ fn adapter_hash(folder: &Path) -> Result<String> {
     let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
     let settings: Value =
         serde_json::from_str(&text).map_err(|e| Error::recipe(file.display().to_string(), e.to_string()))?;
-    let tensors = hash::of_files(&[MappedFile::open(&folder.join(WEIGHTS_FILE))?])?;
+    let tensors = hash::of_files(&[TensorFile::open(&folder.join(WEIGHTS_FILE))?])?;
     Ok(hash::of_parts([sorted(&settings).to_string().as_bytes(), tensors.as_bytes()].into_iter()))
 }

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod dynamics;
 pub mod error;
 pub mod export;
+mod gradients;
 pub mod identity;
 pub mod live;
 pub mod memory;

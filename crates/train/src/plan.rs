@@ -124,8 +124,7 @@ impl Run {
         let data: Vec<SourcePlan> = self.data.reports.iter().map(source).collect();
         let (tokens, trained) =
             data.iter().fold((0, 0), |(t, l), s| (t + s.report.tokens, l + s.report.trained_tokens));
-        let longest = self.data.stores.iter().flat_map(|s| s.lengths()).max().unwrap_or(0);
-        let memory = memory::estimate(&self.recipe, &mut self.model, &self.parameters, longest)?;
+        let memory = memory::estimate(self)?;
         Ok(Plan {
             family: self.model.config().family.clone(),
             base_parameters,

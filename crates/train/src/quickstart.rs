@@ -148,8 +148,13 @@ pub fn quickstart(
         plan.trainable_parameters,
         plan.base_parameters
     ));
-    let options =
-        SessionOptions { scope: Scope::Adapter, resume: false, overwrite: true, command: "espalier quickstart".into() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume: false,
+        overwrite: true,
+        allow_memory: false,
+        command: "espalier quickstart".into(),
+    };
     let session = session::run(&mut run, &plan, &options, observer, stop)?;
     let adapter = session.adapter.ok_or_else(|| Error::run(out, "no adapter was written"))?;
     say("3/5 asking again with the adapter");

@@ -30,6 +30,8 @@ pub struct SessionOptions {
     pub resume: bool,
     /// Begin anew in a folder that holds a run.
     pub overwrite: bool,
+    /// Run although the estimated memory is more than there is.
+    pub allow_memory: bool,
     /// The command, for the report and the model card.
     pub command: String,
 }
@@ -96,8 +98,8 @@ impl Observer for Recorder<'_> {
 /// Runs `run` in its folder.
 ///
 /// # Errors
-/// If the folder holds another run, the run cannot go on from it (nothing is written then), the run fails, a file cannot be
-/// written, or the adapter read back differs from the trained one.
+/// If there is too little memory, the folder holds another run, or the run cannot go on from it (nothing is written then);
+/// if the run fails, a file cannot be written, or the adapter read back differs from the trained one.
 pub fn run(
     run: &mut Run,
     plan: &Plan,
@@ -108,6 +110,9 @@ pub fn run(
     let files = RunFolder::new(&run.recipe.out);
     let checkpoints = files.checkpoints();
     // Whatever can be refused is refused before anything is written.
+    if !options.allow_memory {
+        plan.memory.check()?;
+    }
     let training = Training::new(run, Some(&checkpoints), options.resume)?;
     let step = training.state.step as u64;
     if options.resume || options.overwrite {

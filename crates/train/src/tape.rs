@@ -4,94 +4,20 @@
 //! lowest trained block nothing is recorded. With checkpointing the block's part is not kept at all but made again when
 //! its turn comes. The head runs in chunks of the rows that have a target, so that scores never exist for all of them.
 
-use std::collections::HashMap;
-
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId, Var};
-use espalier_adapters::projected::FlatParameters;
+use candle_core::{DType, Tensor, Var};
 use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
 use espalier_kernels::part::Upstream;
 use espalier_kernels::rows::{put_rows, take_rows};
-use espalier_models::{BlockPass, Model, TokenBatch};
+use espalier_models::{BlockPass, Context, Model, TokenBatch};
 
 use crate::Result;
+pub use crate::gradients::Gradients;
+use crate::gradients::{add_to, seed};
 use crate::objective::Targets;
 
 /// Scores in memory at once, in values, on the CPU and on a device.
 const HEAD_VALUES: [usize; 2] = [1 << 24, 1 << 26];
-
-/// Sums of gradients, in the order of the trainable parameters.
-#[derive(Debug)]
-pub struct Gradients {
-    order: HashMap<TensorId, usize>,
-    tensors: Vec<Tensor>,
-    sums: Vec<Option<Tensor>>,
-}
-
-impl Gradients {
-    /// No gradients yet for the trainable ones among `parameters`.
-    pub fn new(parameters: &ParameterMap) -> Self {
-        let tensors: Vec<Tensor> = parameters.trainable().map(|p| p.tensor.clone()).collect();
-        let order = tensors.iter().enumerate().map(|(i, t)| (t.id(), i)).collect();
-        let sums = vec![None; tensors.len()];
-        Self { order, tensors, sums }
-    }
-
-    /// The sums, in order; None where nothing flowed.
-    pub fn sums(&self) -> &[Option<Tensor>] {
-        &self.sums
-    }
-
-    /// Where nothing flowed to the `index`-th parameter, its sum becomes 0; whether that was so.
-    ///
-    /// # Errors
-    /// If the device refuses.
-    pub fn fill(&mut self, index: usize) -> Result<bool> {
-        let (Some(sum @ None), Some(tensor)) = (self.sums.get_mut(index), self.tensors.get(index)) else {
-            return Ok(false);
-        };
-        *sum = Some(tensor.detach().zeros_like()?);
-        Ok(true)
-    }
-
-    /// Forgets all sums.
-    pub fn clear(&mut self) {
-        self.sums.iter_mut().for_each(|s| *s = None);
-    }
-
-    /// Adds the gradients of `loss` (a scalar) and gives that of `leaf`.
-    fn add(&mut self, loss: &Tensor, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let mut grads = loss.backward()?;
-        for (id, index) in &self.order {
-            if let Some(gradient) = grads.get_id(*id) {
-                add_to(&mut self.sums[*index], gradient.detach())?;
-            }
-        }
-        debug_assert_eq!(self.order.len(), self.tensors.len());
-        Ok(leaf.and_then(|leaf| grads.remove(leaf)).map(|g| g.detach()))
-    }
-
-    /// Adds the gradient of a fused operation's parameters: to a trained tensor itself, over the tape to what it was made of.
-    fn add_flat(&mut self, flat: &FlatParameters, gradient: &Tensor) -> Result<()> {
-        for (part, gradient) in flat.split(gradient)? {
-            match self.order.get(&part.id()) {
-                Some(index) => add_to(&mut self.sums[*index], gradient)?,
-                None if part.track_op() => drop(self.add(&seed(part, gradient)?, None)?),
-                None => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Adds to a sum that may not have begun.
-fn add_to(sum: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
-    *sum = Some(match sum.take() {
-        Some(sum) => (sum + gradient)?,
-        None => gradient,
-    });
-    Ok(())
-}
 
 /// The input of a model for a batch of data. Padding on the right needs no mask where tokens see only what is before them.
 /// With a `separator`, tokens after a row's first one have segment type 1.
@@ -146,7 +72,7 @@ impl Start {
 }
 
 /// The way back through one block.
-enum Record {
+pub(crate) enum Record {
     /// Through fused operations.
     Pass(BlockPass),
     /// Over the tape from the output to the leaf.
@@ -154,7 +80,7 @@ enum Record {
 }
 
 /// What is kept of a block until its turn comes.
-enum Kept {
+pub(crate) enum Kept {
     /// The way back.
     Record(Record),
     /// Its input, to run it again.
@@ -183,6 +109,111 @@ impl Loss {
     }
 }
 
+/// One pass over a micro-batch, taken block by block.
+pub(crate) struct Pass<'a> {
+    model: &'a Model,
+    context: Context,
+    flow: &'a Flow,
+    start: Start,
+    checkpointing: bool,
+    embedded: Tensor,
+}
+
+impl<'a> Pass<'a> {
+    /// Begins with the vectors of the batch's tokens, off the tape.
+    pub(crate) fn new(
+        model: &'a Model,
+        (batch, targets): (&Batch, &Targets),
+        flow: &'a Flow,
+        start: Start,
+        checkpointing: bool,
+    ) -> Result<(Self, Tensor)> {
+        let input = token_batch(model, batch, targets.separator)?;
+        let context = model.context(&input)?;
+        let embedded = model.embed(&input)?;
+        let x = embedded.detach();
+        Ok((Self { model, context, flow, start, checkpointing, embedded }, x))
+    }
+
+    /// The first block that is recorded.
+    pub(crate) fn first(&self) -> usize {
+        match self.start {
+            Start::Embeddings => 0,
+            Start::Block(first) => first,
+        }
+    }
+
+    fn record(&self, i: usize, x: &Tensor) -> Result<(Tensor, Record)> {
+        if let Some((y, pass)) = self.model.block_pass(i, x, &self.context, self.flow)? {
+            return Ok((y, Record::Pass(pass)));
+        }
+        let leaf = Var::from_tensor(x)?;
+        let y = self.model.block(i, leaf.as_tensor(), &self.context, self.flow, None)?;
+        Ok((y.detach(), Record::Tape(leaf, y)))
+    }
+
+    /// The output of block `i` for `x`, and what is kept of it: nothing below the first recorded block.
+    pub(crate) fn forward(&self, i: usize, x: Tensor) -> Result<(Tensor, Option<Kept>)> {
+        let pass_by =
+            |x: &Tensor| -> Result<Tensor> { Ok(self.model.block(i, x, &self.context, self.flow, None)?.detach()) };
+        Ok(match (i < self.first(), self.checkpointing) {
+            (true, _) => (pass_by(&x)?, None),
+            (false, true) => (pass_by(&x)?, Some(Kept::Input(x))),
+            (false, false) => self.record(i, &x).map(|(y, way)| (y, Some(Kept::Record(way))))?,
+        })
+    }
+
+    /// The head on the output of the last block: summed loss if there are targets, and the gradient of `x` where one is wanted.
+    pub(crate) fn head(
+        &self,
+        x: &Tensor,
+        targets: &Targets,
+        scale: f64,
+        gradients: &mut Gradients,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let needs_blocks = self.first() < self.model.blocks() || self.start == Start::Embeddings;
+        head(self.model, x, targets, self.flow, scale, needs_blocks, gradients)
+    }
+
+    /// Goes back through block `i`: adds the gradients of its parameters, and gives that of its input where something below is
+    /// trained; and whether the block was gone through operation by operation.
+    pub(crate) fn back(
+        &self,
+        i: usize,
+        kept: Kept,
+        upstream: Upstream,
+        gradients: &mut Gradients,
+    ) -> Result<(Option<Upstream>, bool)> {
+        let way = match kept {
+            Kept::Record(way) => way,
+            Kept::Input(x) => self.record(i, &x)?.1,
+        };
+        // Below the first recorded block nothing is trained.
+        let wanted = i > self.first() || self.start == Start::Embeddings;
+        Ok(match way {
+            Record::Tape(leaf, y) => {
+                let dx = gradients.add(&seed(&y, upstream.into())?, Some(leaf.as_tensor()))?;
+                (dx.map(Upstream::from), true)
+            }
+            Record::Pass(pass) => {
+                let (dx, parameters) = pass.backward(&upstream, wanted)?;
+                for (flat, gradient) in parameters {
+                    gradients.add_flat(&flat, &gradient)?;
+                }
+                (dx, false)
+            }
+        })
+    }
+
+    /// Goes back through the embeddings, where they are trained.
+    pub(crate) fn end(self, upstream: Option<Upstream>, gradients: &mut Gradients) -> Result<()> {
+        if let (Start::Embeddings, Some(upstream)) = (self.start, upstream) {
+            gradients.add(&seed(&self.embedded, upstream.into())?, None)?;
+        }
+        Ok(())
+    }
+}
+
 /// One pass over a micro-batch: adds `scale` times the gradient of the summed loss, and gives the summed loss.
 ///
 /// # Errors
@@ -196,85 +227,25 @@ pub fn accumulate(
     (scale, checkpointing): (f64, bool),
     gradients: &mut Gradients,
 ) -> Result<Loss> {
-    let input = token_batch(model, batch, targets.separator)?;
-    let context = model.context(&input)?;
-    let embedded = model.embed(&input)?;
-    let mut x = embedded.detach();
-    let first = match start {
-        Start::Embeddings => 0,
-        Start::Block(first) => first,
-    };
-    let record = |i: usize, x: &Tensor| -> Result<(Tensor, Record)> {
-        if let Some((y, pass)) = model.block_pass(i, x, &context, flow)? {
-            return Ok((y, Record::Pass(pass)));
-        }
-        let leaf = Var::from_tensor(x)?;
-        let y = model.block(i, leaf.as_tensor(), &context, flow, None)?;
-        Ok((y.detach(), Record::Tape(leaf, y)))
-    };
-    let pass_by = |i: usize, x: &Tensor| -> Result<Tensor> { Ok(model.block(i, x, &context, flow, None)?.detach()) };
-    let mut saved = Vec::with_capacity(model.blocks() - first);
+    let (pass, mut x) = Pass::new(model, (batch, targets), flow, start, checkpointing)?;
+    let mut saved = Vec::with_capacity(model.blocks() - pass.first());
     for i in 0..model.blocks() {
-        let (y, kept) = match (i < first, checkpointing) {
-            (true, _) => (pass_by(i, &x)?, None),
-            (false, true) => (pass_by(i, &x)?, Some(Kept::Input(x))),
-            (false, false) => record(i, &x).map(|(y, way)| (y, Some(Kept::Record(way))))?,
-        };
+        let (y, kept) = pass.forward(i, x)?;
         saved.extend(kept);
         x = y;
     }
-    let needs_blocks = !saved.is_empty() || start == Start::Embeddings;
-    let (loss, dx) = head(model, &x, targets, flow, scale, needs_blocks, gradients)?;
+    let (loss, dx) = pass.head(&x, targets, scale, gradients)?;
+    drop(x);
     let mut dx = dx.map(Upstream::from);
     let (mut taped, recorded) = (0, saved.len());
     for (i, kept) in saved.into_iter().enumerate().rev() {
         let Some(upstream) = dx else { break };
-        let way = match kept {
-            Kept::Record(way) => way,
-            Kept::Input(x) => record(first + i, &x)?.1,
-        };
-        // Below the first recorded block nothing is trained.
-        let wanted = i > 0 || start == Start::Embeddings;
-        dx = match way {
-            Record::Tape(leaf, y) => {
-                taped += 1;
-                gradients.add(&seed(&y, upstream.into())?, Some(leaf.as_tensor()))?.map(Upstream::from)
-            }
-            Record::Pass(pass) => {
-                let (dx, parameters) = pass.backward(&upstream, wanted)?;
-                for (flat, gradient) in parameters {
-                    gradients.add_flat(&flat, &gradient)?;
-                }
-                dx
-            }
-        };
+        let (below, by_operation) = pass.back(pass.first() + i, kept, upstream, gradients)?;
+        taped += usize::from(by_operation);
+        dx = below;
     }
-    if let (Start::Embeddings, Some(upstream)) = (start, dx) {
-        gradients.add(&seed(&embedded, upstream.into())?, None)?;
-    }
+    pass.end(dx, gradients)?;
     Ok(Loss { sum: loss, taped: (taped, recorded) })
-}
-
-/// A scalar whose gradient for `y` is `upstream`; its value means nothing.
-fn seed(y: &Tensor, upstream: Tensor) -> Result<Tensor> {
-    if y.device().is_cpu() { Ok(y.apply_op1(Seed(upstream))?) } else { Ok((y * upstream)?.sum_all()?) }
-}
-
-/// Starts a walk over the tape at a tensor with a known gradient, without the product and the sum that would say the same.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
 }
 
 /// The head on the rows with a target, in chunks: summed loss if there are any, and the gradient of `x` [b, t, h] if wanted.
@@ -304,10 +275,15 @@ fn head(
     Ok((sum, dx.map(|dx| dx.reshape((b, t, h))).transpose()?))
 }
 
+/// Targets whose scores fit the bound.
+pub(crate) fn scored_together(model: &Model) -> usize {
+    let width = model.config().labels().unwrap_or(model.config().vocab).max(1);
+    (HEAD_VALUES[usize::from(!model.device().is_cpu())] / width).max(1)
+}
+
 /// Targets in chunks whose scores fit the bound.
 fn chunks<'a>(model: &Model, targets: &'a Targets) -> impl Iterator<Item = (&'a [u32], &'a [u32])> {
-    let width = model.config().labels().unwrap_or(model.config().vocab).max(1);
-    let rows = (HEAD_VALUES[usize::from(!model.device().is_cpu())] / width).max(1);
+    let rows = scored_together(model);
     targets.places.chunks(rows).zip(targets.labels.chunks(rows))
 }
 
@@ -328,12 +304,17 @@ pub fn evaluate(model: &Model, batch: &Batch, targets: &Targets) -> Result<f64> 
     for i in 0..model.blocks() {
         x = model.block(i, &x, &context, &flow, None)?.detach();
     }
+    score(model, &x, targets, &flow)
+}
+
+/// Summed loss of the output `x` [b, t, h] of the last block, without gradients.
+pub(crate) fn score(model: &Model, x: &Tensor, targets: &Targets, flow: &Flow) -> Result<f64> {
     let (b, t, h) = x.dims3()?;
     let flat = x.reshape((b * t, h))?;
     let mut sum = 0.0;
     for (places, labels) in chunks(model, targets) {
         let rows = flat.index_select(&Tensor::new(places, x.device())?, 0)?;
-        sum += chunk_loss(model, &rows, labels, &flow)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        sum += chunk_loss(model, &rows, labels, flow)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     }
     Ok(sum)
 }

@@ -152,7 +152,6 @@ impl<'a> Training<'a> {
                 format!("step {}: no token of its rows is trained on", self.state.step + 1),
             ));
         }
-        self.gradients.clear();
         let mut losses = Vec::with_capacity(window.len());
         let mut tokens = 0u64;
         for (part, (batch, targets)) in window.iter().enumerate() {
@@ -195,6 +194,7 @@ impl<'a> Training<'a> {
             weight_decay: recipe.weight_decay,
         };
         self.optimizer.step(self.gradients.sums(), scale, settings)?;
+        self.gradients.clear();
         let seconds = started.elapsed().as_secs_f64();
         if self.first_step_s.is_none() {
             self.first_step_s = Some(crate::process_seconds());

@@ -123,7 +123,13 @@ fn a_run_begun_anew_shows_no_earlier_adapter() {
     let anew = Recipe { adapter: lora(2, 0.0), ..recipe };
     let mut run = Run::prepare(anew).unwrap();
     let plan = run.plan(0).unwrap();
-    let options = SessionOptions { scope: Scope::Adapter, resume: false, overwrite: true, command: String::new() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume: false,
+        overwrite: true,
+        allow_memory: false,
+        command: String::new(),
+    };
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         session::run(&mut run, &plan, &options, &mut Killed, &AtomicBool::new(false))
     }));

@@ -22,6 +22,9 @@ pub(crate) struct Pretrain {
     /// Begin anew in a folder that holds a run.
     #[arg(long)]
     overwrite: bool,
+    /// Run although the estimated memory is more than there is.
+    #[arg(long)]
+    allow_memory: bool,
 }
 
 impl Pretrain {
@@ -40,6 +43,7 @@ impl Pretrain {
             scope: Scope::WholeModel,
             resume,
             overwrite: self.overwrite,
+            allow_memory: self.allow_memory,
             command: super::train::command_line(),
         };
         super::train::execute(out, Run::prepare_whole(recipe, model)?, &options)

@@ -31,6 +31,9 @@ pub(crate) struct Train {
     /// Begin anew in a folder that holds a run.
     #[arg(long)]
     overwrite: bool,
+    /// Run although the estimated memory is more than there is.
+    #[arg(long)]
+    allow_memory: bool,
 }
 
 /// What is printed at the end.
@@ -105,11 +108,12 @@ pub(super) fn summary(plan: &Plan) -> String {
         lines.extend(r.notes.iter().map(|note| format!("    note: {note}")));
     }
     lines.push(format!(
-        "  {} steps; {:.0} % of tokens are trained on; memory about {}{}",
+        "  {} steps; {:.0} % of tokens are trained on; memory about {}, of which {} is held{}",
         plan.steps,
         100.0 * plan.trained_share,
         bytes(plan.memory.total),
-        plan.memory.available.map_or(String::new(), |n| format!(" of {}", bytes(n)))
+        bytes(plan.memory.held),
+        plan.memory.available.map_or(String::new(), |n| format!("; {} more can be had", bytes(n)))
     ));
     lines.join("\n")
 }
@@ -154,8 +158,13 @@ impl Train {
             }
             None => self.flags.recipe()?,
         };
-        let options =
-            SessionOptions { scope: Scope::Adapter, resume, overwrite: self.overwrite, command: command_line() };
+        let options = SessionOptions {
+            scope: Scope::Adapter,
+            resume,
+            overwrite: self.overwrite,
+            allow_memory: self.allow_memory,
+            command: command_line(),
+        };
         execute(out, Run::prepare(recipe)?, &options)
     }
 }

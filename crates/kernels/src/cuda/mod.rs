@@ -227,3 +227,13 @@ pub fn peak_memory(device: &Device) -> Result<Option<u64>> {
     unsafe { sys::cuMemPoolGetAttribute(pool(device)?, attribute, (&raw mut peak).cast()) }.result().w()?;
     Ok(Some(peak))
 }
+
+/// Memory of a CUDA device that nobody holds, in bytes; None for other devices.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn free_memory(device: &Device) -> Result<Option<u64>> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    let (free, _) = device.cuda_stream().context().mem_get_info().w()?;
+    Ok(Some(free as u64))
+}

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
-use espalier_adapters::formats::safetensors::{self, MappedFile};
+use espalier_adapters::formats::safetensors::{self, TensorFile};
 use espalier_train::recipe::values::{DataList, DataSource};
 use espalier_train::run::metrics::{EvalRecord, StepRecord};
 use espalier_train::session::{self, SessionOptions, SessionOutcome};
@@ -23,7 +23,7 @@ pub(crate) fn family(name: &str) -> String {
 }
 
 pub(crate) fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
-    MappedFile::open(path).unwrap().load_all(&Device::Cpu).unwrap()
+    TensorFile::open(path).unwrap().load_all(&Device::Cpu).unwrap()
 }
 
 pub(crate) fn data(path: impl AsRef<Path>) -> DataList {
@@ -130,8 +130,13 @@ pub(crate) fn session_with(
 ) -> Result<SessionOutcome> {
     let mut run = Run::prepare(recipe.clone())?;
     let plan = run.plan(0)?;
-    let options =
-        SessionOptions { scope: Scope::Adapter, resume, overwrite: false, command: "espalier train".to_owned() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume,
+        overwrite: false,
+        allow_memory: false,
+        command: "espalier train".to_owned(),
+    };
     session::run(&mut run, &plan, &options, observer, flag)
 }
 

@@ -1,33 +1,15 @@
-//! How much memory a run will need, by item, before it starts; and how much it uses.
+//! The memory of a run by formulas, from the shapes of model and method: for devices, and for programs whose allocations are
+//! not counted.
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use espalier_adapters::{Host, ModuleMut, ParameterMap};
 use espalier_models::Model;
 use espalier_models::config::NormPlacement;
-use serde::Serialize;
 
+use super::Estimate;
 use crate::Result;
 use crate::recipe::Recipe;
 use crate::setup;
-
-/// An estimate of the peak, in bytes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Estimate {
-    /// Frozen weights.
-    pub weights: u64,
-    /// Trained parameters, their gradients and the optimiser's moments.
-    pub trained: u64,
-    /// What the blocks keep for the backward pass.
-    pub activations: u64,
-    /// Scores of the head and their gradient, and scratch of the widest block.
-    pub transient: u64,
-    /// The program itself.
-    pub program: u64,
-    /// Sum.
-    pub total: u64,
-    /// What the machine has, where it can be told.
-    pub available: Option<u64>,
-}
 
 /// Bytes of the program, its thread stacks and allocator slack.
 const PROGRAM: u64 = 48 << 20;
@@ -68,7 +50,12 @@ fn values_per_token(model: &Model, form: Form) -> (u64, u64) {
 ///
 /// # Errors
 /// If the walk over the model fails.
-pub fn estimate(recipe: &Recipe, model: &mut Model, parameters: &ParameterMap, longest: usize) -> Result<Estimate> {
+pub(super) fn estimate(
+    recipe: &Recipe,
+    model: &mut Model,
+    parameters: &ParameterMap,
+    longest: usize,
+) -> Result<Estimate> {
     let mut weights = 0u64;
     // On a device, what its attention takes; blocks of another form are told apart below.
     let on_device =
@@ -120,39 +107,5 @@ pub fn estimate(recipe: &Recipe, model: &mut Model, parameters: &ParameterMap, l
     };
     let transient = copies + passing;
     let total = weights + trained + activations + transient + PROGRAM;
-    Ok(Estimate { weights, trained, activations, transient, program: PROGRAM, total, available: available() })
-}
-
-fn status(file: &str, key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text.lines().find(|l| l.starts_with(key))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
-/// Memory that can be had now, in bytes.
-pub fn available() -> Option<u64> {
-    status("/proc/meminfo", "MemAvailable:")
-}
-
-/// Peak resident memory of this process so far, in bytes.
-pub fn peak() -> Option<u64> {
-    status("/proc/self/status", "VmHWM:")
-}
-
-/// Most memory in use at once so far: on a CUDA device what was allocated there, else what the process held, in bytes.
-///
-/// # Errors
-/// If the device's driver refuses.
-pub fn peak_on(device: &Device) -> Result<Option<u64>> {
-    #[cfg(feature = "cuda")]
-    if device.is_cuda() {
-        return Ok(espalier_kernels::cuda::peak_memory(device)?);
-    }
-    let _ = device;
-    Ok(peak())
-}
-
-/// Resident memory of this process now, in bytes.
-pub fn resident() -> Option<u64> {
-    status("/proc/self/status", "VmRSS:")
+    Ok(Estimate { weights, trained, activations, transient, program: PROGRAM, total, ..Estimate::default() })
 }
