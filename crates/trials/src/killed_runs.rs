@@ -1,16 +1,17 @@
 //! R-20: a killed run goes on as if it had not been killed.
 
 use std::path::Path;
+use std::sync::Once;
 use std::time::Duration;
 
-use espalier_adapters::formats::atomic::measured;
+use espalier_adapters::formats::faults::{measured, with_kill_before};
 use espalier_adapters::random::stream;
 use espalier_train::{Recipe, Silent, checkpoint};
 use rand::Rng;
 
 use crate::runs::{self, Trace};
 use crate::worker::Job;
-use crate::{Scope, Tally, Trial};
+use crate::{Scope, Tally, Trial, writers};
 
 /// The trial.
 pub static TRIAL: Trial = Trial {
@@ -19,8 +20,10 @@ pub static TRIAL: Trial = Trial {
     claim: "A run that a SIGKILL ended at any instant leaves only whole checkpoints, and resumed it gives the adapter, losses \
             and gradient norms of the run that was not killed, bit for bit, with nothing temporary left. Half of the \
             instants are just before a rename or removal, half are instants of the clock; some runs are killed twice. CPU, \
-            next tokens and classes, with dropout, shuffling, evaluation, packing and a checkpoint after every step. The \
-            system itself does not fail: what a power cut does to unwritten pages is not tried.",
+            next tokens, classes and a new model trained whole, with dropout, shuffling, evaluation, packing and a checkpoint \
+            after every step. Adapters replaced, models merged into a folder and tokenizers trained, each ended before every \
+            one of its renames and removals, leave the earlier result, the new one or none, and done again give the new one. \
+            The system itself does not fail: what a power cut does to unwritten pages is not tried.",
     unit: "killed runs that went on otherwise",
     bar: 0.0,
     bounded: 8,
@@ -54,7 +57,9 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     }
     let mut rng = stream(20, "instants");
     let mut attempts = 0;
-    while tally.trials < scope.least {
+    ended_writers(scope, tally)?;
+    let enough = tally.trials + scope.least;
+    while tally.trials < enough {
         attempts += 1;
         anyhow::ensure!(attempts < 4 * scope.least + 40, "workers end before they can be killed");
         let case = &cases[attempts as usize % cases.len()];
@@ -101,4 +106,46 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
         std::fs::remove_dir_all(&out)?;
     }
     Ok(())
+}
+
+/// Writes into a folder; ended before each rename or removal in turn, then done again.
+fn ended_writers(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
+    for writer in writers::all(scope.scratch)? {
+        let place = |n: u32| scope.scratch.join(format!("{}-{n}", writer.name.replace(' ', "-")));
+        let whole = place(u32::MAX);
+        (writer.before)(&whole)?;
+        let earlier = writers::found(&writer, &whole);
+        let (done, _, moves) = measured(|| (writer.write)(&whole));
+        done?;
+        let new = writers::found(&writer, &whole);
+        anyhow::ensure!(new.is_some() && new != earlier && moves > 0, "{}: nothing new was written", writer.name);
+        for n in 0..moves {
+            let at = place(n);
+            (writer.before)(&at)?;
+            let ended = quietly(|| with_kill_before(n, || (writer.write)(&at)));
+            let now = writers::found(&writer, &at);
+            let sane = now.is_none() || now == earlier || now == new;
+            (writer.write)(&at)?;
+            let again = writers::found(&writer, &at) == new;
+            let name = format!("{}, before move {n}: ended {ended}, sane {sane}, again {again}", writer.name);
+            tally.held(name, ended && sane && again);
+            tally.count(format!("{}, before a rename or removal", writer.name));
+            std::fs::remove_dir_all(&at)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether `f` was ended by [`with_kill_before`], whose panic says nothing here.
+fn quietly<T>(f: impl FnOnce() -> T) -> bool {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let other = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if info.payload().downcast_ref::<&str>().is_none_or(|text| !text.contains("with_kill_before")) {
+                other(info);
+            }
+        }));
+    });
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err()
 }

@@ -6,11 +6,13 @@
 //! A trial that tried less than it says fails, and a figure that is no number is worse than any bar. Nothing prints here:
 //! `cargo xtask trial` and the tests of this crate do.
 
+pub mod made;
 pub mod record;
 pub mod runs;
 pub mod subject;
 pub mod tally;
 pub mod worker;
+mod writers;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -18,6 +20,10 @@ use std::time::Instant;
 pub use record::Record;
 pub use tally::Tally;
 pub use worker::Worker;
+
+/// The allocator of the programs that trials run in, as that of the command: a run's memory is told from its counts.
+#[global_allocator]
+static ALLOCATOR: espalier_train::memory::Counting = espalier_train::memory::Counting;
 
 /// Calls the macro `then` with the list of all trials: the one list.
 #[macro_export]
@@ -29,8 +35,12 @@ macro_rules! with_trials {
             unmerged;
             same_bits;
             mutated_adapters;
+            live_tensors;
             killed_runs;
             write_faults;
+            changed_runs;
+            broken_runs;
+            memory_told;
         }
     };
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::formats::folder::{self, CONFIG_FILE, WEIGHTS_FILE};
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 use espalier_models::{LoadOptions, Model};
 use serde_json::{Value, json};
 
@@ -78,7 +78,7 @@ impl<'a> Bench<'a> {
     fn open(subject: &'a Subject, place: &Path, stride: u64, seen: u64, tally: &'a mut Tally) -> Result<Self> {
         subject.files(place)?;
         let config = serde_json::from_slice(&std::fs::read(place.join(CONFIG_FILE))?)?;
-        let tensors = MappedFile::open(&place.join(WEIGHTS_FILE))?.load_all(&Device::Cpu)?;
+        let tensors = TensorFile::open(&place.join(WEIGHTS_FILE))?.load_all(&Device::Cpu)?;
         let model = subject.model(&LoadOptions::cpu())?;
         let name = subject.name.as_str();
         let mut bench = Self { place: place.to_owned(), model, config, tensors, name, stride, seen, tally };

@@ -8,21 +8,28 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use espalier_adapters::MethodConfig;
 use espalier_adapters::formats::folder::WEIGHTS_FILE;
-use espalier_adapters::formats::safetensors::MappedFile;
+use espalier_adapters::formats::safetensors::TensorFile;
+use espalier_models::{LoadOptions, Model};
+use espalier_train::plan::Plan;
 use espalier_train::recipe::values::{DataList, DataSource};
 use espalier_train::run::metrics::{self, Record};
 use espalier_train::session::{self, SessionOptions, SessionOutcome};
 use espalier_train::trainer::Scope;
-use espalier_train::{Observer, Recipe, Run, checkpoint};
+use espalier_train::{Observer, Recipe, Run, checkpoint, setup};
 
 use crate::root;
 
 /// Pre-tokenised rows of unequal lengths, made by a fixed formula, the first two labels masked.
-fn rows(count: usize, longest: usize) -> Result<String> {
+pub(crate) fn rows(count: usize, longest: usize) -> Result<String> {
+    rows_of(count, longest, 60)
+}
+
+/// The same, of `tokens` tokens from 3 on.
+pub(crate) fn rows_of(count: usize, longest: usize, tokens: usize) -> Result<String> {
     let mut text = String::new();
     for i in 0..count {
         let length = 5 + (i * 7) % (longest - 4);
-        let ids: Vec<usize> = (0..length).map(|j| 3 + (i * 31 + j * j * 5 + j * 17) % 60).collect();
+        let ids: Vec<usize> = (0..length).map(|j| 3 + (i * 31 + j * j * 5 + j * 17) % tokens).collect();
         let labels: Vec<i64> = ids.iter().enumerate().map(|(j, id)| if j < 2 { -100 } else { *id as i64 }).collect();
         writeln!(text, "{{\"input_ids\": {ids:?}, \"labels\": {labels:?}}}")?;
     }
@@ -30,7 +37,7 @@ fn rows(count: usize, longest: usize) -> Result<String> {
 }
 
 /// Rows of text with one of two labels, and a tokenizer of their words in `folder`.
-fn labelled(folder: &Path, count: usize) -> Result<String> {
+pub(crate) fn labelled(folder: &Path, count: usize) -> Result<String> {
     const WORDS: usize = 40;
     let vocab: serde_json::Map<_, _> = (0..WORDS).map(|i| (format!("w{i}"), i.into())).collect();
     let tokenizer = serde_json::json!({
@@ -57,17 +64,17 @@ fn seedling(folder: &Path) -> Result<String> {
     Ok(folder.display().to_string())
 }
 
-fn data(path: &Path) -> DataList {
+pub(crate) fn data(path: &Path) -> DataList {
     DataList(vec![DataSource { path: path.display().to_string(), weight: None }])
 }
 
 /// The `[adapter]` table of a method.
-fn table(method: &MethodConfig) -> Result<toml::Table> {
+pub(crate) fn table(method: &MethodConfig) -> Result<toml::Table> {
     Ok(toml::Table::try_from(method)?)
 }
 
 /// The example of a method called `wanted`.
-fn example(wanted: &str) -> Result<toml::Table> {
+pub(crate) fn example(wanted: &str) -> Result<toml::Table> {
     let found = MethodConfig::examples().into_iter().find(|(name, _)| name == wanted);
     table(&found.with_context(|| format!("no example `{wanted}`"))?.1)
 }
@@ -106,7 +113,15 @@ pub fn saving(folder: &Path) -> Result<Vec<(&'static str, Recipe)>> {
         data: data(&classes),
         ..plain.clone()
     };
+    let pretrained = Recipe {
+        model: String::new(),
+        architecture: Some(format!("{}/config.json", family("llama_gqa_tied"))),
+        adapter: toml::Table::new(),
+        max_steps: Some(5),
+        ..plain.clone()
+    };
     Ok(vec![
+        ("a new model whole", pretrained),
         ("next tokens", plain),
         ("next tokens, evaluated", evaluated),
         ("packed, accumulated", packed),
@@ -140,21 +155,84 @@ pub fn of_methods(folder: &Path) -> Result<Vec<(String, Recipe)>> {
     MethodConfig::examples().into_iter().map(|(name, method)| Ok((name, recipe(&method)?))).collect()
 }
 
-/// Runs a recipe in its folder.
+/// Golden models of every family, by name: folders that hold one.
+///
+/// # Errors
+/// If they cannot be listed.
+pub fn families() -> Result<Vec<(String, PathBuf)>> {
+    let folder = root().join("parity/golden/families");
+    let entries = std::fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
+    let mut all: Vec<(String, PathBuf)> = entries
+        .map(|e| e.map(|e| (e.file_name().to_string_lossy().into_owned(), e.path())))
+        .collect::<std::io::Result<_>>()?;
+    all.retain(|(_, path)| path.join("config.json").is_file());
+    all.sort();
+    Ok(all)
+}
+
+/// A recipe of a few steps on the model in `model`, for what it is made for; its rows are written into `folder`.
+///
+/// # Errors
+/// If the model cannot be loaded, or a file cannot be written.
+pub fn on_model(folder: &Path, model: &Path) -> Result<Recipe> {
+    let loaded = Model::load(model, &LoadOptions::cpu())?;
+    let words = folder.join("words");
+    let file = folder.join("rows.jsonl");
+    let classes = loaded.config().labels().is_some();
+    let longest = loaded.config().max_positions.min(16);
+    std::fs::write(&file, if classes { labelled(&words, 14)? } else { rows_of(14, longest, 40)? })?;
+    Ok(Recipe {
+        model: model.display().to_string(),
+        tokenizer: classes.then(|| words.display().to_string()),
+        device: "cpu".into(),
+        dtype: "f32".into(),
+        data: data(&file),
+        batch_size: 2,
+        lr: 1e-3,
+        max_steps: Some(espalier_train::live::WATCHED),
+        ..Recipe::default()
+    })
+}
+
+/// Runs a recipe in its folder: a new model whole where the recipe names an architecture, else an adapter.
 ///
 /// # Errors
 /// Those of the run.
 pub fn session(recipe: &Recipe, resume: bool, observer: &mut dyn Observer) -> espalier_train::Result<SessionOutcome> {
-    let mut run = Run::prepare(recipe.clone())?;
+    planned(recipe, resume, observer).map(|(_, outcome)| outcome)
+}
+
+/// The run of a recipe, and what it trains.
+///
+/// # Errors
+/// If anything that the recipe names is missing or does not fit.
+pub fn prepared(recipe: &Recipe) -> espalier_train::Result<(Run, Scope)> {
+    Ok(match recipe.architecture {
+        Some(_) => (Run::prepare_whole(recipe.clone(), setup::new_model(recipe)?)?, Scope::WholeModel),
+        None => (Run::prepare(recipe.clone())?, Scope::Adapter),
+    })
+}
+
+/// The same, with what was told of the run before it began.
+///
+/// # Errors
+/// Those of the run.
+pub fn planned(
+    recipe: &Recipe,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> espalier_train::Result<(Plan, SessionOutcome)> {
+    let (mut run, scope) = prepared(recipe)?;
     let plan = run.plan(0)?;
-    let options = SessionOptions { scope: Scope::Adapter, resume, overwrite: false, command: "trial".to_owned() };
-    session::run(&mut run, &plan, &options, observer, &AtomicBool::new(false))
+    let options = SessionOptions { scope, resume, overwrite: false, allow_memory: false, command: "trial".to_owned() };
+    let outcome = session::run(&mut run, &plan, &options, observer, &AtomicBool::new(false))?;
+    Ok((plan, outcome))
 }
 
 /// What a run leaves, times and memory aside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trace {
-    adapter: Vec<u8>,
+    weights: Vec<u8>,
     /// Step, whether it is an evaluation, bits of the loss and of the gradient's norm.
     records: Vec<(u64, bool, u64, u64)>,
 }
@@ -165,7 +243,9 @@ impl Trace {
     /// # Errors
     /// If a file is missing or malformed.
     pub fn of(out: &Path) -> Result<Self> {
-        let adapter = std::fs::read(out.join("adapter").join(WEIGHTS_FILE))?;
+        let adapter = out.join("adapter").join(WEIGHTS_FILE);
+        let whole = out.join("model/model.safetensors");
+        let weights = std::fs::read(if adapter.is_file() { adapter } else { whole })?;
         let records = metrics::read(out.join("metrics.jsonl"))?
             .into_iter()
             .map(|record| match record {
@@ -173,7 +253,7 @@ impl Trace {
                 Record::Eval(r) => (r.step, true, r.eval_loss.to_bits(), r.eval_tokens),
             })
             .collect();
-        Ok(Self { adapter, records })
+        Ok(Self { weights, records })
     }
 }
 
@@ -185,7 +265,7 @@ pub fn torn(out: &Path) -> Vec<String> {
         for file in std::fs::read_dir(path)? {
             let file = file?.path();
             if file.extension().is_some_and(|e| e == "safetensors") {
-                MappedFile::open(&file)?.load_all(&Device::Cpu)?;
+                TensorFile::open(&file)?.load_all(&Device::Cpu)?;
             }
         }
         Ok(())
@@ -196,7 +276,7 @@ pub fn torn(out: &Path) -> Vec<String> {
 
 /// Names of the temporary files and folders of a run that ended.
 pub fn leftovers(out: &Path) -> Vec<String> {
-    [out.to_owned(), out.join("checkpoints"), out.join("adapter")]
+    [out.to_owned(), out.join("checkpoints"), out.join("adapter"), out.join("model")]
         .iter()
         .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())
         .map(|entry| entry.file_name().to_string_lossy().into_owned())

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use espalier_adapters::formats::atomic::with_kill_before;
+use espalier_train::memory::{self, Estimate};
 use espalier_train::{Recipe, Silent};
 use serde::{Deserialize, Serialize};
 
@@ -45,9 +46,11 @@ pub fn main(path: &Path) -> Result<()> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let job: Job = serde_json::from_str(&text)?;
     let recipe = Recipe::parse(&job.recipe, "job")?;
-    let run = || runs::session(&recipe, job.resume, &mut Silent);
-    match job.stand_still {
-        None => run()?,
+    let run = || runs::planned(&recipe, job.resume, &mut Silent);
+    memory::keep_freed();
+    let (plan, _) = match job.stand_still {
+        // On a thread of the pool, as the command does it.
+        None => rayon::scope(|_| run())?,
         Some(n) => {
             let marker = marker(path);
             // The hook runs where the panic begins, before anything is unwound; from here only a kill ends this thread.
@@ -60,7 +63,33 @@ pub fn main(path: &Path) -> Result<()> {
             with_kill_before(n, run)?
         }
     };
+    let memory = Memory { told: plan.memory, peak: memory::peak().unwrap_or(0) };
+    std::fs::write(memory_file(path), serde_json::to_string(&memory)?)?;
     Ok(())
+}
+
+/// The memory of a worker's run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Memory {
+    /// What was told before it began.
+    pub told: Estimate,
+    /// The most that the process held at once (`VmHWM`), in bytes.
+    pub peak: u64,
+}
+
+/// Where a worker that came to its end leaves what it took.
+fn memory_file(job: &Path) -> PathBuf {
+    job.with_extension("memory")
+}
+
+/// What the worker of the job in `file` left, which came to its end.
+///
+/// # Errors
+/// If there is nothing.
+pub fn memory_of(file: &Path) -> Result<Memory> {
+    let path = memory_file(file);
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_str(&text)?)
 }
 
 /// A worker at work.

@@ -3,19 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
-use candle_core::DType;
-use espalier_adapters::formats::atomic::{measured, with_move_fault, with_write_fault};
-use espalier_adapters::formats::folder;
+use espalier_adapters::formats::faults::{measured, with_move_fault, with_write_fault};
 use espalier_adapters::random::stream;
-use espalier_models::LoadOptions;
-use espalier_models::export::ExportOptions;
 use espalier_train::{Observer, Recipe, Silent, checkpoint};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::runs::{self, Trace};
-use crate::subject::{self, acting};
-use crate::{Scope, Tally, Trial};
+use crate::{Scope, Tally, Trial, writers};
 
 /// The trial.
 pub static TRIAL: Trial = Trial {
@@ -23,9 +18,10 @@ pub static TRIAL: Trial = Trial {
     title: "Injected write faults",
     claim: "A write, rename or removal that fails (no space, I/O error, read-only; that one and all after it) ends a run with \
             an error, leaves every checkpoint that was said to be written whole and in its place, and the run resumed \
-            afterwards gives the bits of one without faults; an adapter being replaced is the old one or the new one, and \
-            a merged model that could not be written does not look like one. Faults are injected into the writer that all \
-            of these go through, on the CPU; appended lines of metrics and events are not part of it.",
+            afterwards gives the bits of one without faults, its lines of metrics too. Adapters, merged models, token stores \
+            and trained tokenizers being replaced are the earlier one or the new one, or cannot be read, and after a write \
+            that failed they are the earlier one. Faults are injected by one table that everything asks that writes: whole \
+            files and folders, appended metrics and events, stores of tokens. CPU.",
     unit: "faults that tore or lost something",
     bar: 0.0,
     bounded: 40,
@@ -78,7 +74,7 @@ impl Observer for Newest {
 fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
     let mut rng = stream(21, "faults");
     let recipes = runs::saving(scope.scratch)?;
-    let share = scope.least.div_ceil(recipes.len() as u64 + 2);
+    let share = scope.least.div_ceil(recipes.len() as u64 + 4);
     for (i, (name, recipe)) in recipes.iter().enumerate() {
         let at = |part: String| Recipe { out: scope.scratch.join(part).display().to_string(), ..recipe.clone() };
         let whole = at(format!("whole-{i}"));
@@ -93,8 +89,7 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
             let _ = std::fs::remove_dir_all(&recipe.out);
         }
     }
-    adapters(scope, tally, &mut rng, share)?;
-    models(scope, tally, &mut rng, share)
+    written(scope, tally, &mut rng, share)
 }
 
 fn note(tally: &mut Tally, fault: &Fault, kind: &str, what: String, found: anyhow::Result<()>) {
@@ -125,71 +120,38 @@ fn of_run(fault: &Fault, recipe: &Recipe, whole: &Trace) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The two files of an adapter, as they are read.
-fn contents(folder: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
-    folder::read(folder)?;
-    [folder::CONFIG_FILE, folder::WEIGHTS_FILE].iter().map(|file| Ok(std::fs::read(folder.join(file))?)).collect()
-}
-
-/// An adapter that replaces another in its folder.
-fn adapters(scope: &Scope<'_>, tally: &mut Tally, rng: &mut ChaCha8Rng, share: u64) -> anyhow::Result<()> {
-    let subjects = subject::all()?;
-    let made: Vec<_> = subjects.iter().filter(|s| s.golden().is_none()).take(2).collect();
-    let [old, new] = made[..] else { anyhow::bail!("too few examples of methods") };
-    let mut model = new.model(&LoadOptions::cpu())?;
-    let attached = new.attach(&mut model)?;
-    let place = |n: u64| scope.scratch.join(format!("adapter-{n}"));
-    old.files(&place(u64::MAX))?;
-    let before = contents(&place(u64::MAX))?;
-    let (done, bytes, moves) = measured(|| folder::save(&mut model, &attached, &place(u64::MAX)));
-    done?;
-    let after = contents(&place(u64::MAX))?;
-    ensure!(before != after, "both adapters are the same");
-    for n in 0..share {
-        let fault = Fault::draw(rng, bytes, moves);
-        old.files(&place(n))?;
-        let mut tried = || -> anyhow::Result<()> {
-            let ended = fault.inject(|| folder::save(&mut model, &attached, &place(n)));
-            ensure!(ended.is_err(), "the writer did not notice");
-            let now = contents(&place(n))?;
-            ensure!(now == before || now == after, "neither the old adapter nor the new one");
-            folder::save(&mut model, &attached, &place(n))?;
-            ensure!(contents(&place(n))? == after, "written again it is another");
-            Ok(())
-        };
-        let found = tried();
-        note(tally, &fault, "an adapter replaced", fault.describe(), found);
-    }
-    Ok(())
-}
-
-/// A merged model that is written.
-fn models(scope: &Scope<'_>, tally: &mut Tally, rng: &mut ChaCha8Rng, share: u64) -> anyhow::Result<()> {
-    let subjects = subject::all()?;
-    let subject = subjects.iter().find(|s| s.golden().is_none()).ok_or_else(|| anyhow::anyhow!("no example"))?;
-    let mut model = subject.model(&LoadOptions::cpu())?;
-    let attached = subject.attach(&mut model)?;
-    let merged = acting(&mut model, attached)?.merge(&mut model, DType::F32)?;
-    let options = ExportOptions { untie: merged.unties, ..ExportOptions::default() };
-    let place = |n: u64| scope.scratch.join(format!("model-{n}"));
-    let (done, bytes, moves) = measured(|| model.export(&place(u64::MAX), &options));
-    done?;
-    for n in 0..share {
-        let fault = Fault::draw(rng, bytes, moves);
-        let mut tried = || -> anyhow::Result<()> {
-            let ended = fault.inject(|| model.export(&place(n), &options));
-            ensure!(ended.is_err(), "the writer did not notice");
-            if let Ok(found) = espalier_models::Model::load(&place(n), &LoadOptions::cpu()) {
-                let d = subject::difference(&subject::scores(&found)?, &subject::scores(&model)?)?;
-                ensure!(d == 0.0, "a model that says something else can be loaded");
-            }
-            model.export(&place(n), &options)?;
-            let found = espalier_models::Model::load(&place(n), &LoadOptions::cpu())?;
-            ensure!(subject::difference(&subject::scores(&found)?, &subject::scores(&model)?)? == 0.0, "another model");
-            Ok(())
-        };
-        let found = tried();
-        note(tally, &fault, "a merged model written", fault.describe(), found);
+/// What writes results beside runs.
+fn written(scope: &Scope<'_>, tally: &mut Tally, rng: &mut ChaCha8Rng, share: u64) -> anyhow::Result<()> {
+    for writer in writers::all(scope.scratch)? {
+        let place = |n: u64| scope.scratch.join(format!("{}-{n}", writer.name.replace(' ', "-")));
+        let whole = place(u64::MAX);
+        (writer.before)(&whole)?;
+        let earlier = writers::found(&writer, &whole);
+        let (done, bytes, moves) = measured(|| (writer.write)(&whole));
+        done?;
+        let new = writers::found(&writer, &whole);
+        ensure!(new.is_some() && new != earlier, "{}: nothing new was written", writer.name);
+        for n in 0..share {
+            let fault = Fault::draw(rng, bytes, moves);
+            (writer.before)(&place(n))?;
+            let tried = || -> anyhow::Result<()> {
+                let ended = fault.inject(|| (writer.write)(&place(n)));
+                ensure!(ended.is_err(), "the writer did not notice");
+                let now = writers::found(&writer, &place(n));
+                ensure!(now.is_none() || now == earlier || now == new, "neither the earlier result nor the new one");
+                if fault.byte.is_some() {
+                    ensure!(now == earlier, "a write that failed took the earlier result away");
+                }
+                let left = runs::leftovers(&place(n));
+                ensure!(fault.byte.is_none() || left.is_empty(), "left: {left:?}");
+                (writer.write)(&place(n))?;
+                ensure!(writers::found(&writer, &place(n)) == new, "written again it is another");
+                Ok(())
+            };
+            let found = tried();
+            note(tally, &fault, writer.name, format!("{}: {}", writer.name, fault.describe()), found);
+            std::fs::remove_dir_all(place(n))?;
+        }
     }
     Ok(())
 }
