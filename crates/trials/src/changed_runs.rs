@@ -230,7 +230,7 @@ fn given(subject: &Subject, place: &Path, tally: &mut Tally) -> anyhow::Result<(
             let mut changed = table.clone();
             changed.insert(key.name.into(), other.clone());
             let Ok(recipe) = Recipe::parse(&changed.to_string(), "changed") else { continue };
-            if runs::prepared(&recipe).is_err() {
+            if runs::prepared(&recipe).and_then(|(mut run, _)| run.plan(0)).is_err() {
                 // A word of the documentation that is no value, or nothing that this machine or model has.
                 tally.count("value of which no run can be made");
                 continue;

@@ -143,7 +143,7 @@ fn quietly<T>(f: impl FnOnce() -> T) -> bool {
     ONCE.call_once(|| {
         let other = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            if info.payload_as_str().is_none_or(|text| !text.contains("with_kill_before")) {
+            if info.payload().downcast_ref::<&str>().is_none_or(|text| !text.contains("with_kill_before")) {
                 other(info);
             }
         }));

@@ -113,11 +113,12 @@ pub(super) fn summary(plan: &Plan) -> String {
         lines.extend(r.notes.iter().map(|note| format!("    note: {note}")));
     }
     lines.push(format!(
-        "  {} steps; {:.0} % of tokens are trained on; memory about {}{}",
+        "  {} steps; {:.0} % of tokens are trained on; memory about {}, of which {} is held{}",
         plan.steps,
         100.0 * plan.trained_share,
         bytes(plan.memory.total),
-        plan.memory.available.map_or(String::new(), |n| format!(" of {}", bytes(n)))
+        bytes(plan.memory.held),
+        plan.memory.available.map_or(String::new(), |n| format!("; {} more can be had", bytes(n)))
     ));
     lines.join("\n")
 }

@@ -145,14 +145,13 @@ fn costs_of(run: &Run, batch: &Batch, flow: &Flow, start: Start, checkpointing: 
 }
 
 /// What the head takes on a whole batch, told from shares of the targets that it scores at once.
-fn head(run: &Run, batch: &Batch, targets: &Targets, go: impl Fn(&Targets) -> Result<()>) -> Result<Use> {
+fn head(run: &Run, targets: &Targets, go: impl Fn(&Targets) -> Result<()>) -> Result<Use> {
     let together = tape::scored_together(&run.model).min(targets.weight());
     let share = |n: usize| Targets {
         places: targets.places[..n].to_vec(),
         labels: targets.labels[..n].to_vec(),
         ..targets.clone()
     };
-    let _ = batch;
     let (small, large) = (together.div_ceil(4), together.div_ceil(2));
     let with = |n: usize| -> Result<Use> {
         let targets = share(n);
@@ -193,8 +192,8 @@ fn step(run: &Run, batch: &Batch) -> Result<Growth> {
     let flow = Flow::train(recipe.seed, 0, 0);
     let costs = costs_of(run, batch, &flow, start, recipe.checkpointing)?;
     let targets = run.objective.targets(batch)?;
-    let (pass, x) = Pass::new(&run.model, (&first_rows(batch, batch.rows), &targets), &flow, start, false)?;
-    let head = head(run, batch, &targets, |targets| {
+    let (pass, x) = Pass::new(&run.model, (batch, &targets), &flow, start, false)?;
+    let head = head(run, &targets, |targets| {
         let mut gradients = Gradients::new(&run.parameters);
         pass.head(&x, targets, 1.0, &mut gradients).map(|_| ())
     })?;
@@ -249,7 +248,7 @@ fn evaluation(run: &Run, eval: &Batcher) -> Result<f64> {
     let costs = costs_of(run, &batch, &flow, start, false)?;
     let targets = run.objective.targets(&batch)?;
     let (_pass, x) = Pass::new(&run.model, (&batch, &targets), &flow, start, false)?;
-    let head = head(run, &batch, &targets, |targets| tape::score(&run.model, &x, targets, &flow).map(|_| ()))?;
+    let head = head(run, &targets, |targets| tape::score(&run.model, &x, targets, &flow).map(|_| ()))?;
     let width = (x.elem_count() * x.dtype().size_in_bytes()) as f64;
     let blocks = costs.blocks.values().map(|cost| cost.forward.peak).fold(0.0, f64::max);
     Ok(costs.start.peak.max(costs.start.kept + width + blocks.max(head.peak)))
