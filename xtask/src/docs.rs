@@ -164,7 +164,7 @@ fn reliability(root: &Path) -> String {
         }
         for beside in &record.beside {
             if let Some(worst) = &beside.worst {
-                let _ = write!(details, "\nThe worst of {} is {worst}.\n", beside.unit);
+                let _ = write!(details, "\nThe worst ({}) is {worst}.\n", beside.unit);
             }
         }
         for failure in record.failures.iter().chain(&record.error) {
