@@ -181,7 +181,7 @@ fn reliability(root: &Path) -> String {
         }
         for figure in &record.figures {
             if let Some(worst) = &figure.worst {
-                let _ = write!(details, "\nThe worst of {} is {worst}.\n", figure.name);
+                let _ = write!(details, "\nThe worst ({}) is {worst}.\n", figure.name);
             }
         }
         for failure in record.failures.iter().chain(&record.error) {

@@ -59,6 +59,8 @@ struct Settings {
     schedule: String,
     warmup_steps: usize,
     max_grad_norm: f64,
+    /// Whose trainer it was, where it was not the loop of `parity/curves.py`.
+    made_by: Option<String>,
 }
 
 /// The recipe of a run; on the CPU, or where `ESPALIER_TEST_DEVICE` says.
@@ -109,6 +111,7 @@ fn one(folder: &Path, scratch: &Path, tally: &mut Tally) -> Result<()> {
         let ours: Vec<u64> = steps.iter().map(|step| step.trained_tokens).collect();
         anyhow::ensure!(ours == *tokens, "labelled tokens {ours:?}");
     }
+    tally.count(format!("runs of {}", curve.settings.made_by.as_deref().unwrap_or("torch and PEFT")));
     let errors = errors(&steps, &curve.losses);
     for (i, error) in errors.iter().enumerate() {
         tally.value(format!("step {} of {name}", i + 1), *error);
