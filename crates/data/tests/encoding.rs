@@ -207,7 +207,7 @@ fn folders_without_tokenizer_say_what_they_hold() {
     assert!(error.contains("tokenizer.json") && error.contains("the folder has config.json"), "{error}");
     write(folder.path(), "tokenizer.json", "{\"version\":");
     let error = TextCodec::from_folder(folder.path()).unwrap_err().to_string();
-    assert!(error.contains("tokenizer.json: "), "{error}");
+    assert!(error.contains("tokenizer.json:1: "), "{error}");
     let mut json = tokenizer_json(&["</s>"]);
     json["added_tokens"][0]["id"] = json!(400);
     write(folder.path(), "tokenizer.json", json.to_string());
