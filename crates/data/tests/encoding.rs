@@ -207,7 +207,7 @@ fn folders_without_tokenizer_say_what_they_hold() {
     assert!(error.contains("tokenizer.json") && error.contains("the folder has config.json"), "{error}");
     write(folder.path(), "tokenizer.json", "{\"version\":");
     let error = TextCodec::from_folder(folder.path()).unwrap_err().to_string();
-    assert!(error.contains("tokenizer.json: "), "{error}");
+    assert!(error.contains("tokenizer.json:1: "), "{error}");
     let mut json = tokenizer_json(&["</s>"]);
     json["added_tokens"][0]["id"] = json!(400);
     write(folder.path(), "tokenizer.json", json.to_string());
@@ -387,9 +387,12 @@ fn real_tokenizer_and_data() {
 fn a_damaged_tokenizer_is_an_error_with_file_and_line() {
     let folder = TempDir::new().unwrap();
     let whole = tokenizer_json(&common::ALL).to_string();
+    let long = json!({"type": "Replace", "pattern": {"Regex": " *"}, "content": "x".repeat(100)});
+    let growing = json!({"type": "Sequence", "normalizers": [long, long]}).to_string();
     // Broken inside of the decoder, the library itself would end the process.
     for (text, says) in [
         (whole.replace("\"decoder\":{", "\"decoder\":{\"a\" 1,"), "tokenizer.json:1: invalid JSON"),
+        (whole.replace("\"normalizer\":null", &format!("\"normalizer\":{growing}")), "10000 times as long"),
         (whole[..whole.len() / 2].to_owned(), "tokenizer.json:1: invalid JSON"),
         (whole.replace("\"decoder\":{\"type\":\"ByteLevel\"", "\"decoder\":{\"type\":\"Nothing\""), "tokenizer.json"),
     ] {

@@ -39,6 +39,7 @@ fn tokenizer(folder: &Path) -> Result<Tokenizer> {
         // The library does not bear JSON that is broken inside.
         serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
             .map_err(|error| DataError::file(&file, error.line() as u64, format!("invalid JSON: {error}")))?;
+        check_growth(&bytes).map_err(|message| fault(&file, message))?;
         let tokenizer = guarded(|| Tokenizer::from_bytes(&bytes)).map_err(|message| fault(&file, message))?;
         check_ids(&bytes, &tokenizer).map_err(|message| fault(&file, message))?;
         return Ok(tokenizer);
@@ -59,6 +60,41 @@ fn tokenizer(folder: &Path) -> Result<Tokenizer> {
         folder,
         format!("no tokenizer here: tokenizer.json, or vocab.json with merges.txt, is needed; the folder has {found}"),
     ))
+}
+
+/// Most by which normalisers, one after the other, may multiply a text: real ones write three bytes for a space.
+const GROWTH: usize = 1 << 10;
+
+/// Replacements in a row multiply a text: a few with long contents make gigabytes of a word.
+fn check_growth(bytes: &[u8]) -> std::result::Result<(), String> {
+    #[derive(serde::Deserialize)]
+    struct Description {
+        #[serde(default)]
+        normalizer: Value,
+        #[serde(default)]
+        decoder: Value,
+    }
+    fn growth(value: &Value) -> usize {
+        let inner: Box<dyn Iterator<Item = &Value>> = match value {
+            Value::Array(list) => Box::new(list.iter()),
+            Value::Object(map) => Box::new(map.values()),
+            _ => return 1,
+        };
+        let kind = value.get("type").and_then(Value::as_str);
+        let written = if kind == Some("Prepend") { "prepend" } else { "content" };
+        let own = value.get(written).and_then(Value::as_str).map_or(0, str::len).max(1);
+        inner.map(growth).fold(own, usize::saturating_mul)
+    }
+    let description: Description = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    for (part, value) in [("normalizer", &description.normalizer), ("decoder", &description.decoder)] {
+        let times = growth(value);
+        if times > GROWTH {
+            return Err(format!(
+                "{part}: its replacements could make a text {times} times as long, more than {GROWTH}"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Added tokens whose declared ids leave gaps are renumbered on loading without a word; that would train other embeddings.

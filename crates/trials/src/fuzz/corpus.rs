@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use espalier_adapters::MethodConfig;
+use espalier_adapters::formats::folder::WEIGHTS_FILE;
 use espalier_data::SHIPPED;
 use espalier_train::Recipe;
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
@@ -170,7 +171,7 @@ fn files(folder: &str, name: &str) -> Result<Vec<Vec<u8>>> {
 }
 
 pub(super) fn safetensors() -> Result<Vec<Vec<u8>>> {
-    files("adapters", "adapter_model.safetensors")
+    files("adapters", WEIGHTS_FILE)
 }
 
 pub(super) fn adapter_config() -> Result<Vec<Vec<u8>>> {
