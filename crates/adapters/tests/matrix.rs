@@ -153,7 +153,8 @@ fn the_change_of_some_rows_is_those_rows_of_the_change() {
             for run in [0..d_out, 0..1, 1..d_out, d_out - 1..d_out] {
                 let part = adapter.rows(run.clone()).unwrap().unwrap_or_else(|| panic!("{name}: no form by rows"));
                 let base = Arc::new(FrozenWeight::dense(linear.base().rows(run.clone()).unwrap()).unwrap());
-                let d = difference(&part.delta(&base).unwrap().unwrap(), &whole.narrow(0, run.start, run.len()).unwrap());
+                let d =
+                    difference(&part.delta(&base).unwrap().unwrap(), &whole.narrow(0, run.start, run.len()).unwrap());
                 assert!(d < 1e-6, "{name} {run:?}: {d}");
             }
         }

@@ -193,7 +193,8 @@ fn exports_are_verified_and_say_so_on_their_card() {
     assert!(!strict.exists());
     let plain = ["export", "--model", &base, "--form", "model", "--tolerance", "1", "--out", "x"];
     assert!(fails(1, &plain).contains("--verify"));
-    let both = ["export", "--model", &base, "--adapter", &adapter("lora_all"), "--adapter", &adapter("dora"), "--out", "x"];
+    let both =
+        ["export", "--model", &base, "--adapter", &adapter("lora_all"), "--adapter", &adapter("dora"), "--out", "x"];
     assert!(fails(1, &both).contains("magnitudes"));
     assert!(fails(1, &["export", "--model", &base, "--out", "x"]).contains("no adapter"));
 }
@@ -237,7 +238,10 @@ fn a_base_with_other_settings_is_refused_with_the_settings() {
     let (ids, out) = (text(&golden().join("adapters/lora_all/expected.safetensors")), text(&temp.path().join("x")));
     let args = ["logits", "--model", &text(&other), "--adapter", &ours, "--ids", &ids, "--out", &out];
     let error = fails(1, &args);
-    assert!(error.contains("other settings") && error.contains("epsilon 0.25") && error.contains("theta 77"), "{error}");
+    assert!(
+        error.contains("other settings") && error.contains("epsilon 0.25") && error.contains("theta 77"),
+        "{error}"
+    );
     assert!(!error.contains("activation") && !error.contains("tied is"), "{error}");
     let merged = text(&temp.path().join("merged"));
     let error = fails(1, &["merge-into-base", "--model", &text(&other), "--adapter", &ours, "--out", &merged]);
@@ -267,7 +271,8 @@ fn what_a_merge_keeps_in_coarser_storage_is_measured() {
     assert!(nf4["max_difference"].as_f64().unwrap() > 1e-3 && nf4["loss"].as_f64().unwrap() != adapted, "{gain}");
     let card = std::fs::read_to_string(out.join("README.md")).unwrap();
     assert!(card.contains("Gain of the adapters") && card.contains("Kept as q8"), "{card}");
-    let refused = fails(1, &strs(&merge(&base, &adapter("lora_all"), &temp.path().join("x"), &["--requantize", "none"])));
+    let refused =
+        fails(1, &strs(&merge(&base, &adapter("lora_all"), &temp.path().join("x"), &["--requantize", "none"])));
     assert!(refused.contains("no quantised storage"), "{refused}");
     let rows_too_short = merge(&base, &adapter("lora_all"), &temp.path().join("x"), &["--requantize", "q4_k"]);
     let refused = fails(1, &strs(&rows_too_short));

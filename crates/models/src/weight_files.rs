@@ -11,12 +11,12 @@ use espalier_adapters::formats::safetensors::{self, Head, Sink};
 use espalier_adapters::{Dense, Embedding, Host, Linear, ModuleMut, written};
 use serde_json::json;
 
+use crate::Result;
 use crate::claim::MARK;
 use crate::export::{ExportOptions, Exported};
 use crate::freed::give_back;
 use crate::streamed::{Reader, Store, kept};
 use crate::transformer::Model;
-use crate::Result;
 
 /// Which tensor of a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,9 +184,7 @@ impl Writer<'_> {
             }
             let done = match (module, slot.part) {
                 (ModuleMut::Linear(linear), Part::Weight) => matrix(linear, store.as_deref_mut(), dtype, sink),
-                (ModuleMut::Linear(linear), _) => {
-                    small(linear.bias(), &slot.path, "bias", store.as_deref_mut(), sink)
-                }
+                (ModuleMut::Linear(linear), _) => small(linear.bias(), &slot.path, "bias", store.as_deref_mut(), sink),
                 (ModuleMut::Norm(norm), Part::Weight) => {
                     small(Some(norm.weight()), &slot.path, "weight", store.as_deref_mut(), sink)
                 }

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use espalier_adapters::formats::folder::Saved;
 use espalier_adapters::formats::forms::{self, Form};
-use espalier_adapters::formats::{atomic, sum};
 use espalier_adapters::formats::piecewise::{Piece, Piecewise};
+use espalier_adapters::formats::{atomic, sum};
 use espalier_models::Streamed;
 
 use crate::merge::{WriteOptions, Written};
@@ -93,7 +93,8 @@ pub fn adapter_verified(
             card.write(temp.join(CARD))?;
         }
         let (probe, limit, memory) = (probe.about.clone(), options.limit, None);
-        written = Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, memory, comparison });
+        written =
+            Some(Written { tensors: saved.tensors, files: 1, bytes: saved.bytes, probe, limit, memory, comparison });
         Ok(())
     })?;
     written.ok_or_else(|| Error::run(out, "nothing was written"))

@@ -68,7 +68,10 @@ impl Gain {
             g if g > -LEAST_GAIN => {
                 Some(format!("the adapters move the loss by {:+.1e} nats, too little to divide by", -g))
             }
-            g => Some(format!("the adapters make the loss on this probe larger by {:.3} nats; there is no gain to keep", -g)),
+            g => Some(format!(
+                "the adapters make the loss on this probe larger by {:.3} nats; there is no gain to keep",
+                -g
+            )),
         };
         Self { loss_base, loss_adapted, gain, note, stored: Vec::new() }
     }

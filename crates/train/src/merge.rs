@@ -97,7 +97,13 @@ fn max_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
 }
 
 /// The scores of a model read back from `folder`, against `reference`; an error where they are further apart than the limit.
-fn read_back(out: &Path, folder: &Path, options: &WriteOptions, probe: &Probe, reference: &[Tensor]) -> Result<Comparison> {
+fn read_back(
+    out: &Path,
+    folder: &Path,
+    options: &WriteOptions,
+    probe: &Probe,
+    reference: &[Tensor],
+) -> Result<Comparison> {
     let mut again = Streamed::open(folder, &options.load)?;
     let comparison = probe.compare(reference, &probe.sides(&mut again, &Piecewise::new())?.base)?;
     match comparison.fault(options.limit) {

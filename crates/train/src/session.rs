@@ -10,9 +10,9 @@ use espalier_models::export::copy_companions;
 use serde::Serialize;
 
 use crate::checkpoint;
+use crate::merge::{self, WriteOptions};
 use crate::observer::Observer;
 use crate::plan::Plan;
-use crate::merge::{self, WriteOptions};
 use crate::reload::{self, Reload};
 use crate::run::metrics::{self, EvalRecord, MetricsWriter, Record, StepRecord};
 use crate::run::model_card::{ModelCard, Score};
@@ -20,8 +20,8 @@ use crate::run::report::{Report, curves};
 use crate::run::tensorboard::EventWriter;
 use crate::run::{RunError, RunFolder};
 use crate::trainer::{Outcome, Run, Scope};
-use crate::verify::Probe;
 use crate::training::Training;
+use crate::verify::Probe;
 use crate::{Error, Result};
 
 /// How a session is run.

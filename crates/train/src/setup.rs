@@ -54,8 +54,7 @@ pub fn dtype(name: &str, device: &Device) -> Result<DType> {
 }
 
 /// Names of the quantisations of a frozen matrix at load.
-pub const QUANTIZATIONS: &[&str] =
-    &["none", "nf4", "nf4-double", "int8", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k"];
+pub const QUANTIZATIONS: &[&str] = &["none", "nf4", "nf4-double", "int8", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k"];
 
 /// The quantisation a recipe names.
 ///

@@ -78,10 +78,7 @@ impl Record {
             bar: trial.bar,
             trials: tally.trials,
             least,
-            passed: enough
-                && error.is_none()
-                && tally.measured <= trial.bar
-                && tally.figures.iter().all(Figure::holds),
+            passed: enough && error.is_none() && tally.measured <= trial.bar && tally.figures.iter().all(Figure::holds),
             command: trial.command(form),
             worst: tally.worst,
             counts: tally.counts,

@@ -118,7 +118,10 @@ impl Piece {
             Held::File(file) => file.read(&at),
             Held::Memory(files) => {
                 let taken = |all: &BTreeMap<String, _>| {
-                    all.iter().filter(|(name, _)| at(name)).map(|(name, t): (&String, &candle_core::Tensor)| (name.clone(), t.clone())).collect()
+                    all.iter()
+                        .filter(|(name, _)| at(name))
+                        .map(|(name, t): (&String, &candle_core::Tensor)| (name.clone(), t.clone()))
+                        .collect()
                 };
                 Ok(AdapterFiles {
                     path: files.path.clone(),
@@ -212,7 +215,8 @@ impl Piecewise {
     /// If the adapters do not fit, or cannot act together.
     pub fn act(&self, host: &mut dyn Host, wanted: &dyn Fn(&str) -> bool, device: &Device) -> Result<()> {
         let (table, heads) = (host.tied_table(), host.head_paths());
-        let part = |path: &str| wanted(path) || (heads.iter().any(|h| h == path) && table.as_deref().is_some_and(wanted));
+        let part =
+            |path: &str| wanted(path) || (heads.iter().any(|h| h == path) && table.as_deref().is_some_and(wanted));
         let mut set = AdapterSet::new();
         for piece in &self.pieces {
             let files = piece.files(&part)?;

@@ -63,7 +63,12 @@ impl fmt::Display for Report {
         write!(f, "{}: {} tensors, {}", self.path.display(), self.tensors, crate::output::bytes(self.bytes))?;
         let Some(written) = &self.verified else { return Ok(()) };
         writeln!(f)?;
-        super::probe::figures(f, "the files against the model they were made from", &written.comparison, &written.probe)?;
+        super::probe::figures(
+            f,
+            "the files against the model they were made from",
+            &written.comparison,
+            &written.probe,
+        )?;
         super::probe::memory(f, written.memory)
     }
 }

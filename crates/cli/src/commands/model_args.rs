@@ -162,7 +162,8 @@ impl ModelArgs {
             })
             .collect::<Result<Vec<_>>>()?;
         let (path, mut options) = self.place()?;
-        options.labels = labels(&path, files.iter().find_map(|(.., f)| head_rows(|name| f.tensors.get(name)?.dim(0).ok())));
+        options.labels =
+            labels(&path, files.iter().find_map(|(.., f)| head_rows(|name| f.tensors.get(name)?.dim(0).ok())));
         let mut model = Model::load(&path, &options)?;
         let codec = setup::codec(&path, self.tokenizer.as_deref(), model.config())?;
         let mut adapters = AdapterSet::new();
