@@ -20,8 +20,8 @@ const WIDE: usize = 2048;
 const VOCAB: usize = 4096;
 /// What the program needs on its own above what it has when it begins: its code as it is used, threads, buffers of rows.
 const FLOOR: u64 = 24 * MIB;
-/// What two runs may differ by.
-const NOISE: u64 = 4 * MIB;
+/// What two runs may differ by: what the allocator keeps for threads that came by.
+const NOISE: u64 = 8 * MIB;
 
 /// A tensor whose values repeat, so that it is made at once.
 fn pattern(shape: &[usize]) -> Tensor {

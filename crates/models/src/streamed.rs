@@ -53,6 +53,9 @@ pub(crate) enum Reader {
     Turned(Tensor),
 }
 
+/// A small tensor, or a matrix.
+type Values = (Option<Tensor>, Option<FrozenWeight>);
+
 impl Store {
     /// How the rows of the matrix called `name` are read; None for one that does not come from the files.
     pub(crate) fn reader(&mut self, name: &str) -> Result<Option<Reader>> {
@@ -133,12 +136,12 @@ impl Store {
         })
     }
 
-    /// Replaces every weight of the `wanted` modules that comes from the files by what `make` gives: a small tensor or a matrix.
+    /// Replaces every weight of the `wanted` modules that comes from the files by what `make` gives.
     fn change(
         &mut self,
         model: &mut Model,
         wanted: &dyn Fn(&str) -> bool,
-        make: &mut dyn FnMut(&mut Self, &str, &Request) -> Result<(Option<Tensor>, Option<FrozenWeight>)>,
+        make: &mut dyn FnMut(&mut Self, &str, &Request) -> Result<Values>,
     ) -> Result<()> {
         let mut failure = None;
         let walked = model.walk(&mut |module| {
