@@ -56,7 +56,14 @@ impl Lab {
         self.quick
     }
 
-    fn note(&mut self, kind: Kind, (name, claim): (&str, &str), measured: f64, bar: String, passed: bool) -> &mut Check {
+    fn note(
+        &mut self,
+        kind: Kind,
+        (name, claim): (&str, &str),
+        measured: f64,
+        bar: String,
+        passed: bool,
+    ) -> &mut Check {
         let passed = passed && measured.is_finite();
         let (name, claim) = (name.to_owned(), claim.to_owned());
         let at = self.checks.len();

@@ -82,8 +82,7 @@ impl Map {
         let mut given = |site: &espalier_adapters::Site| {
             evidence.cloned().ok_or_else(|| espalier_adapters::Error::unsupported(&site.path, "no evidence was given"))
         };
-        let attached =
-            attach_from_data(&mut host, &config, (seed, 1.0), weight.dtype(), &Device::Cpu, &mut given)?;
+        let attached = attach_from_data(&mut host, &config, (seed, 1.0), weight.dtype(), &Device::Cpu, &mut given)?;
         let parameters = attached.parameters.clone();
         let mut set = AdapterSet::new();
         set.add("a", attached)?;

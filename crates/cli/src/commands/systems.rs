@@ -103,7 +103,8 @@ impl Reproduce {
         let path = self.out.join(format!("{}.json", found.system));
         let text = serde_json::to_string_pretty(&found)?;
         espalier_adapters::formats::atomic::write(&path, |file| std::io::Write::write_all(file, text.as_bytes()))?;
-        let (passed, failed) = (found.passed, found.checks.iter().filter(|c| c.kind == Kind::Exact && !c.passed).count());
+        let (passed, failed) =
+            (found.passed, found.checks.iter().filter(|c| c.kind == Kind::Exact && !c.passed).count());
         out.result(&Found(found))?;
         out.message(format!("results in {}", path.display()));
         if !passed {
