@@ -86,7 +86,7 @@ def save(model, folder, base, save_embedding_layers="auto"):
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = f"families/{base}"
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(config[key], list):
+        if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -1,11 +1,11 @@
-"""Write golden/: everything, or only the named parts (families adapters curves quant optim). See README.md."""
+"""Write golden/: everything, or only the named parts (families adapters prompts curves quant optim). See README.md."""
 
 import sys
 from importlib import import_module
 
 from common import GOLDEN, manifest
 
-PARTS = ["families", "adapters", "curves", "quant", "optim"]
+PARTS = ["families", "adapters", "prompts", "curves", "quant", "optim"]
 LIMIT = 3_000_000
 
 

@@ -10,13 +10,15 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 
-use crate::adapter::{Adapter, Init, Site, Source};
+use crate::adapter::{Adapter, Init, PromptSite, Reach, Site, Source};
 pub use crate::base::BaseCheck;
 use crate::config::{AdapterConfig, BiasMode, TokenIndices};
 use crate::module::{Host, ModuleMut, TokenRows};
 use crate::parameter::ParameterMap;
 use crate::parametrisation::full::FullLayer;
-use crate::target::{Candidate, Placement, near_misses};
+use crate::prompt::Prompter;
+use crate::random::normal;
+use crate::target::{Candidate, Kind, Placement, TargetSpec, near_misses};
 use crate::{Error, Result};
 
 /// A dense tensor of a module that is trained on purpose.
@@ -41,6 +43,8 @@ pub struct Attached {
     pub dense: Vec<DenseEntry>,
     /// Trained token rows by embedding path.
     pub rows: Vec<(String, TokenRows)>,
+    /// What stands before the sequences.
+    pub prompt: Option<Arc<dyn Prompter>>,
     /// Sites and pattern counts.
     pub placement: Placement,
     /// All parameters in model order.
@@ -86,21 +90,21 @@ fn survey(host: &mut dyn Host) -> Result<Survey> {
             ModuleMut::Linear(linear) => {
                 survey.widths.insert(path.clone(), (linear.base().d_out(), linear.base().d_in()));
                 let head = heads.iter().any(|h| path == *h || path.starts_with(&format!("{h}.")));
-                survey.candidates.push(Candidate { path, linear: true, head });
+                survey.candidates.push(Candidate { path, kind: Kind::Linear, head });
             }
             ModuleMut::Embedding(embedding) => {
                 survey.widths.insert(path.clone(), (embedding.base().d_out(), embedding.base().d_in()));
                 survey.embeddings.push(path.clone());
-                survey.candidates.push(Candidate { path, linear: false, head: false });
+                survey.candidates.push(Candidate { path, kind: Kind::Embedding, head: false });
             }
-            ModuleMut::Norm(_) => {}
+            ModuleMut::Norm(_) => survey.candidates.push(Candidate { path, kind: Kind::Norm, head: false }),
         }
         Ok(())
     })?;
     Ok(survey)
 }
 
-/// The candidates of a model: its linear maps and embeddings, in order.
+/// The candidates of a model: its linear maps, embeddings and norms, in order.
 ///
 /// # Errors
 /// If the walk fails.
@@ -163,7 +167,23 @@ pub fn attach(
     if let Some((key, what, _)) = patterns.iter().find(|(.., idle)| *idle) {
         return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
     }
-    let mut placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    let reach = config.method.reach();
+    let within: Vec<Candidate> = survey.candidates.iter().filter(|c| c.is_within(reach)).cloned().collect();
+    let mut placement = match reach {
+        Reach::Sequence if config.targets == TargetSpec::of(reach) => Placement::default(),
+        Reach::Sequence => {
+            let reason = format!("{} acts on no module, so there is none to choose", config.method.name());
+            return Err(Error::config("target_modules", reason));
+        }
+        _ => config.targets.place(&within, rank, alpha)?,
+    };
+    let named = config.method.named_modules();
+    if let Some(path) = named.iter().find(|path| !placement.sites.iter().any(|s| s.path == **path)) {
+        return Err(Error::config(
+            config.method.name(),
+            format!("the settings name the module {path}, which is none of the adapted ones"),
+        ));
+    }
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
     let rows_wanted = token_rows(config, &survey.embeddings)?;
     let (mut tensors, file, seed) = match origin {
@@ -190,7 +210,8 @@ pub fn attach(
     host.walk(&mut |module| {
         let path = module.path().to_owned();
         init.path.clone_from(&path);
-        let whole = build.saved_whole(&path);
+        let sited = placed.contains_key(path.as_str());
+        let whole = build.saved_whole(&path) || (sited && reach == Reach::Whole);
         match module {
             ModuleMut::Linear(linear) => {
                 if whole {
@@ -211,7 +232,7 @@ pub fn attach(
                     build.layer(&path, layer);
                 }
                 if let Some(bias) = linear.bias()
-                    && (whole || build.bias_wanted(placed.contains_key(path.as_str())))
+                    && (whole || build.bias_wanted(sited))
                 {
                     build.dense(&mut init, &path, "bias", bias.frozen())?;
                 }
@@ -234,6 +255,8 @@ pub fn attach(
                 let whole = whole || (head.is_some() && config.tie_weights);
                 if whole {
                     build.dense(&mut init, &path, "weight", table)?;
+                } else if let (Reach::Rows { tokens, copied }, true) = (reach, sited) {
+                    build.token_rows(&mut init, &path, ("token_indices", tokens, copied), table)?;
                 } else if let Some(site) = placed.get(path.as_str()) {
                     let site = Site {
                         path: path.clone(),
@@ -261,7 +284,13 @@ pub fn attach(
                             "rows of a table whose output head is trained whole; train the table whole as well",
                         ));
                     }
-                    build.token_rows(&mut init, &path, ids, table)?;
+                    if sited && matches!(reach, Reach::Rows { .. }) {
+                        return Err(Error::config(
+                            "trainable_tokens",
+                            format!("rows of {path} are trained by the method itself; list them there"),
+                        ));
+                    }
+                    build.token_rows(&mut init, &path, ("trainable_tokens", ids, true), table)?;
                 }
             }
         }
@@ -278,6 +307,8 @@ pub fn attach(
         });
     }
     let Builder { layers, dense, rows, mut parameters, whole, .. } = build;
+    let mut config = config.clone();
+    let prompt = prompter(host, &mut config, &mut init)?;
     parameters.extend(init.shared_parameters());
     placement.sites.retain(|site| !whole.contains(&site.path));
     if let Some(path) = file
@@ -286,7 +317,29 @@ pub fn attach(
         return Err(Error::Unpaired { path: path.to_owned(), missing, unused: tensors.into_keys().collect() });
     }
     let base = BaseCheck::Same;
-    Ok(Attached { config: config.clone(), layers, dense, rows, placement, parameters, base })
+    Ok(Attached { config, layers, prompt, dense, rows, placement, parameters, base })
+}
+
+/// Makes what stands before the sequences, where the method is of that kind, and fills the model's sizes into `config`.
+fn prompter(host: &mut dyn Host, config: &mut AdapterConfig, init: &mut Init<'_>) -> Result<Option<Arc<dyn Prompter>>> {
+    if config.method.reach() != Reach::Sequence {
+        return Ok(None);
+    }
+    let Some(shape) = host.prompt_slot().map(|slot| *slot.shape()) else {
+        return Err(Error::unsupported(config.method.name(), "this model has no place before its sequences"));
+    };
+    let mut table = None;
+    host.walk(&mut |module| {
+        if let (ModuleMut::Embedding(embedding), None) = (module, &table) {
+            table = Some(embedding.weight().frozen().clone());
+        }
+        Ok(())
+    })?;
+    let Some(table) = table else {
+        return Err(Error::unsupported(config.method.name(), "this model has no token table"));
+    };
+    config.method = config.method.fitted(&shape)?;
+    config.method.prompter(&PromptSite { shape: &shape, table: &table }, init).map(Some)
 }
 
 struct Builder<'a> {
@@ -335,19 +388,25 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn token_rows(&mut self, init: &mut Init<'_>, path: &str, ids: &[u32], table: &Tensor) -> Result<()> {
-        let tokens = table.dim(0)?;
+    fn token_rows(
+        &mut self,
+        init: &mut Init<'_>,
+        path: &str,
+        (key, ids, copied): (&str, &[u32], bool),
+        table: &Tensor,
+    ) -> Result<()> {
+        let (tokens, width) = table.dims2()?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= tokens) {
-            return Err(Error::config(
-                "trainable_tokens",
-                format!("token {id} is outside {path}, which has {tokens} rows"),
-            ));
+            return Err(Error::config(key, format!("token {id} is outside {path}, which has {tokens} rows")));
         }
         if ids.iter().collect::<BTreeSet<_>>().len() != ids.len() || ids.is_empty() {
-            return Err(Error::config("trainable_tokens", "the ids must be distinct, and at least one"));
+            return Err(Error::config(key, "the ids must be distinct, and at least one"));
         }
-        let start = table.index_select(&Tensor::new(ids, table.device())?, 0)?;
-        let values = init.copy_of("trainable_tokens_delta", &start)?;
+        let values =
+            init.trainable("trainable_tokens_delta", (ids.len(), width), |rng, shape, device| match copied {
+                true => Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?.detach()),
+                false => normal(rng, 1.0, shape.dims(), device),
+            })?;
         self.parameters.push(format!("{path}.trainable_tokens_delta"), &values, true);
         self.rows.push((path.to_owned(), TokenRows { indices: ids.to_vec(), values }));
         Ok(())

@@ -9,12 +9,14 @@
 
 pub mod adapter;
 pub mod attach;
+pub mod auxiliary;
 mod base;
 pub mod by_row;
 pub mod combine;
 pub mod config;
 pub mod decomposition;
 mod embedding;
+mod encoder;
 pub mod error;
 pub mod flow;
 pub mod formats;
@@ -25,6 +27,7 @@ pub mod module;
 pub mod parameter;
 pub mod parametrisation;
 pub mod projected;
+pub mod prompt;
 pub mod random;
 pub mod set;
 pub mod target;

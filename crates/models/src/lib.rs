@@ -19,6 +19,7 @@ mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod input;
+mod laid;
 mod load;
 pub mod seedling;
 pub mod source;
@@ -30,6 +31,7 @@ pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use espalier_kernels::decode::Decoder;
 pub use input::TokenBatch;
+pub use laid::Begun;
 pub use load::Provenance;
 pub use source::{LoadOptions, Quantization};
 pub use transformer::Model;

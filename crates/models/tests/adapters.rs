@@ -40,6 +40,18 @@ const CASES: &[&str] = &[
     "qwen3_lora",
     "mistral_lora",
     "qwen2_dora",
+    "ln_tuning",
+    "gpt2_ln_tuning",
+    "qwen3_ln_tuning",
+    "ln_tuning_and_a_head",
+    "bert_ln_tuning",
+    "tokens_alone",
+    "tokens_alone_untied",
+    "gpt2_tokens_alone",
+    "bert_tokens_alone",
+    "adalora",
+    "adalora_pruned",
+    "gpt2_adalora",
 ];
 
 struct Case {

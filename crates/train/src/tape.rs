@@ -7,12 +7,13 @@
 use std::collections::HashMap;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, TensorId, Var};
+use espalier_adapters::attach::Attached;
 use espalier_adapters::projected::FlatParameters;
-use espalier_adapters::{Flow, ParameterMap};
+use espalier_adapters::{Flow, ParameterMap, auxiliary};
 use espalier_data::Batch;
 use espalier_kernels::part::Upstream;
 use espalier_kernels::rows::{put_rows, take_rows};
-use espalier_models::{BlockPass, Model, TokenBatch};
+use espalier_models::{Begun, BlockPass, Model, TokenBatch};
 
 use crate::Result;
 use crate::objective::Targets;
@@ -132,6 +133,10 @@ pub enum Start {
 impl Start {
     /// The start for a model and the parameters that are trained.
     pub fn of(model: &Model, parameters: &ParameterMap) -> Self {
+        // What stands before the sequences reaches the first block.
+        if model.virtual_tokens() > 0 {
+            return Self::Embeddings;
+        }
         let mut first = model.blocks();
         for parameter in parameters.trainable() {
             if model.is_before_blocks(&parameter.name) {
@@ -143,6 +148,12 @@ impl Start {
         }
         Self::Block(first)
     }
+}
+
+/// The targets where their scores are read once virtual tokens stand between.
+fn placed(targets: &Targets, begun: &Begun) -> Result<Targets> {
+    let places = targets.places.iter().map(|place| Ok(begun.place(*place)?)).collect::<Result<_>>()?;
+    Ok(Targets { places, ..targets.clone() })
 }
 
 /// The way back through one block.
@@ -197,8 +208,9 @@ pub fn accumulate(
     gradients: &mut Gradients,
 ) -> Result<Loss> {
     let input = token_batch(model, batch, targets.separator)?;
-    let context = model.context(&input)?;
-    let embedded = model.embed(&input)?;
+    let begun = model.begin(&input, flow)?;
+    let targets = &placed(targets, &begun)?;
+    let Begun { x: embedded, context, .. } = begun;
     let mut x = embedded.detach();
     let first = match start {
         Start::Embeddings => 0,
@@ -253,6 +265,19 @@ pub fn accumulate(
         gradients.add(&seed(&embedded, upstream.into())?, None)?;
     }
     Ok(Loss { sum: loss, taped: (taped, recorded) })
+}
+
+/// Adds the gradients of what the adapter's layers ask of their parameters, each at its weight; the means by name, without it.
+///
+/// # Errors
+/// If terms of one name have different weights.
+pub fn penalize(adapter: &Attached, gradients: &mut Gradients) -> Result<Vec<(&'static str, f64)>> {
+    let mut found = Vec::new();
+    for mean in auxiliary::penalties(adapter)? {
+        gradients.add(&mean.weighed()?, None)?;
+        found.push((mean.name, mean.number()?));
+    }
+    Ok(found)
 }
 
 /// A scalar whose gradient for `y` is `upstream`; its value means nothing.
@@ -323,8 +348,10 @@ fn chunk_loss(model: &Model, rows: &Tensor, labels: &[u32], flow: &Flow) -> Resu
 pub fn evaluate(model: &Model, batch: &Batch, targets: &Targets) -> Result<f64> {
     let flow = Flow::eval();
     let input = token_batch(model, batch, targets.separator)?;
-    let context = model.context(&input)?;
-    let mut x = model.embed(&input)?.detach();
+    let begun = model.begin(&input, &flow)?;
+    let targets = &placed(targets, &begun)?;
+    let Begun { x, context, .. } = begun;
+    let mut x = x.detach();
     for i in 0..model.blocks() {
         x = model.block(i, &x, &context, &flow, None)?.detach();
     }

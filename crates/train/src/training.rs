@@ -76,6 +76,7 @@ impl<'a> Training<'a> {
             }
         }
         let attached = run.adapters.get(&run.name)?;
+        attached.config.method.check_schedule(total)?;
         let watch = Watch::new(&run.parameters, &factors, attached, run.recipe.adam_eps)?;
         let loss = if state.step > 0 { state.loss } else { f64::NAN };
         Ok(Self {
@@ -169,6 +170,7 @@ impl<'a> Training<'a> {
             )?);
             tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
         }
+        let penalties = tape::penalize(self.run.adapters.get(&self.run.name)?, &mut self.gradients)?;
         if let (None, (taped @ 1.., all)) = (self.first_step_s, losses.first().map_or((0, 0), |l| l.taped))
             && !self.run.model.device().is_cpu()
         {
@@ -219,7 +221,7 @@ impl<'a> Training<'a> {
             elapsed_s: self.state.elapsed_s,
             memory_bytes: memory::resident(),
             share_of_floor: None,
-            extra: serde_json::Map::new(),
+            extra: penalties.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect(),
         })
     }
 

@@ -23,7 +23,7 @@ pub const ADAPTER_KEYS: &[(&str, &str)] = &[
     ("method", "Method of the adapter."),
     (
         "target_modules",
-        "Modules to adapt: all-linear, a list of path endings, or a regular expression on the whole path.",
+        "Modules to adapt: all-linear, all-norms, input-embedding, a list of path endings, or a regular expression on the whole path [default: what the method is for].",
     ),
     ("exclude_modules", "Modules to leave alone: a list of path endings, or a regular expression."),
     ("layers_to_transform", "Only these layers: an index or a list."),
@@ -121,14 +121,17 @@ pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
             targets.insert(key.into(), value);
         }
     }
-    let targets: TargetSpec = read(&Table::new(), targets)?;
+    let named = targets.contains_key("target_modules");
+    let read: TargetSpec = read(&Table::new(), targets)?;
+    let default = AdapterConfig::new(method);
+    let target_modules = if named { read.target_modules } else { default.targets.target_modules.clone() };
     let config = AdapterConfig {
-        targets,
+        targets: TargetSpec { target_modules, ..read },
         bias: take(&mut table, "bias")?.unwrap_or_default(),
         modules_to_save: take(&mut table, "modules_to_save")?.unwrap_or_default(),
         trainable_tokens: take(&mut table, "trainable_tokens")?,
         tie_weights: take(&mut table, "tie_weights")?.unwrap_or(true),
-        ..AdapterConfig::new(method)
+        ..default
     };
     if let Some(key) = table.keys().next() {
         let names: Vec<String> = adapter_keys().into_iter().map(|k| k.name).collect();
