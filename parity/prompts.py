@@ -5,11 +5,13 @@ hold the scores of their labels. Rows that end in padding are in ids_pad, mask_p
 first row in generated, where the case has them; what makes virtual tokens in training is in encoder.<name>.
 """
 
+import types
 import warnings
 
 import peft
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel, RankAllocator
 
 import adapters
 import families
@@ -89,8 +91,41 @@ def greedy(model, ids, count=8):
     return row[:, ids.shape[1]:]
 
 
+def allocate():
+    """golden/rank_allocator.safetensors: a course of PEFT's allocator over three layers whose values and gradients are drawn."""
+    names = [f"layer{i}.lora_{part}.default" for i in range(3) for part in "ABE"]
+    shapes = {"A": (4, 6), "B": (5, 4), "E": (4, 1)}
+    steps = 14
+    parameters = {n: torch.nn.Parameter(torch.zeros(shapes[n.split("lora_")[1][0]])) for n in names}
+    config = peft.AdaLoraConfig(init_r=4, target_r=1, tinit=2, tfinal=3, deltaT=2, total_step=steps, beta1=0.85, beta2=0.8)
+    model = types.SimpleNamespace(named_parameters=lambda: parameters.items())
+    allocator = RankAllocator(model, config, "default")
+    whole = types.SimpleNamespace(peft_config={"default": config}, trainable_adapter_name="default", rankallocator=allocator, model=model)
+    out = {}
+    for step in range(steps):
+        for name, p in parameters.items():
+            p.data = randn(f"allocator/value/{name}/{step}", *p.shape)
+            p.grad = randn(f"allocator/gradient/{name}/{step}", *p.shape)
+            key = name.removesuffix(".default")
+            out |= {f"value.{step:02}.{key}": p.data.clone(), f"gradient.{step:02}.{key}": p.grad.clone()}
+        budget, due = allocator.budget_schedule(step)
+        out[f"budget.{step:02}"] = torch.tensor([float(budget), float(due)])
+        before, config.rank_pattern = config.rank_pattern, None if step <= steps - 3 else config.rank_pattern
+        AdaLoraModel.update_and_allocate(whole, step)
+        if config.rank_pattern:
+            kept = [config.rank_pattern[f"layer{i}.lora_E.default"] for i in range(3)]
+            out[f"masks.{step:02}"] = torch.tensor(kept).float()
+            for i in range(3):
+                zero = parameters[f"layer{i}.lora_E.default"].data.view(-1) == 0
+                assert zero.tolist() == [not k for k in kept[i]]
+        else:
+            config.rank_pattern = before
+    save_tensors(GOLDEN / "rank_allocator.safetensors", out)
+
+
 def make():
     """Write the cases beside those of `adapters.py`."""
+    allocate()
     for case, (base, kind, args, extra) in CASES.items():
         ids = families.ids_for(base)
         picked = sorted(set(ids.flatten().tolist()))[1::4]

@@ -186,8 +186,10 @@ impl Method for AdaLora {
         let Some(names) = Self::PEFT.filter(|names| keys.get("peft_type").is_some_and(|kind| kind == names.kind)) else {
             return Ok(None);
         };
-        // LoRA's own rank, which PEFT ignores here.
-        keys.remove("r");
+        // LoRA's own rank, which PEFT keeps in the file and ignores.
+        if let Some(other) = keys.remove("r").filter(|r| !r.is_null() && r.as_u64().is_none()) {
+            return Err(Error::config("r", format!("{other} is not valid for {}", names.kind)));
+        }
         let pattern = keys.remove(PATTERN.0).filter(|pattern| !pattern.is_null());
         let Some(mut method) = peft_config::settings_from_keys::<Self>(keys, &names)? else { return Ok(None) };
         if let Some(pattern) = pattern {

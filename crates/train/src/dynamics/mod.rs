@@ -1,6 +1,7 @@
 //! How parameters move: optimisers and the course of the learning rate.
 
 pub mod adamw;
+pub mod rank_allocator;
 pub mod schedule;
 
 use candle_core::Tensor;
