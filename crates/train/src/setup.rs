@@ -197,19 +197,20 @@ fn data_options(recipe: &Recipe) -> DataOptions {
     }
 }
 
-/// Longest row a run may use.
-pub fn max_length(recipe: &Recipe, config: &ModelConfig) -> usize {
+/// Longest row a run may use; what stands before the sequences takes a part of the positions.
+pub fn max_length(recipe: &Recipe, model: &Model) -> usize {
+    let most = model.config().max_positions.saturating_sub(model.virtual_tokens());
     match recipe.max_length {
-        0 => config.max_positions,
-        given => given.min(config.max_positions),
+        0 => most,
+        given => given.min(most),
     }
 }
 
 /// The codec with the recipe's way of encoding rows.
-pub fn encoding(recipe: &Recipe, codec: TextCodec, config: &ModelConfig) -> TextCodec {
-    let label_names = config.label_names();
+pub fn encoding(recipe: &Recipe, codec: TextCodec, model: &Model) -> TextCodec {
+    let label_names = model.config().label_names();
     codec.with_options(EncodeOptions {
-        max_length: Some(max_length(recipe, config)),
+        max_length: Some(max_length(recipe, model)),
         completion_only: recipe.completion_only,
         truncation: if recipe.truncation == "drop" { Truncation::Drop } else { Truncation::Right },
         label_names,
@@ -237,7 +238,7 @@ fn stores(recipe: &Recipe, list: &DataList, codec: &TextCodec) -> Result<Stores>
 ///
 /// # Errors
 /// If there is none, a file cannot be read, or a row is bad and bad rows are not to be skipped.
-pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<Data> {
+pub fn data(recipe: &Recipe, codec: &TextCodec, model: &Model) -> Result<Data> {
     if recipe.data.0.is_empty() {
         return Err(Error::recipe("data", "no training data given"));
     }
@@ -253,7 +254,7 @@ pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<
         shuffle: recipe.shuffle,
         seed: recipe.seed,
         packing: if recipe.packing { Packing::BestFit } else { Packing::Off },
-        max_length: Some(max_length(recipe, config)),
+        max_length: Some(max_length(recipe, model)),
         pad_id,
         ..BatchOptions::default()
     };

@@ -105,19 +105,20 @@ impl Run {
     }
 
     fn assemble(recipe: Recipe, mut model: Model, attached: espalier_adapters::attach::Attached) -> Result<Self> {
-        let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
-        let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
-        let codec = setup::encoding(&recipe, codec, model.config());
-        let data = setup::data(&recipe, &codec, model.config())?;
-        let objective = setup::objective(&model, &codec);
         let parameters = attached.parameters.clone();
-        if parameters.trainable().next().is_none() {
-            return Err(Error::recipe("adapter", "nothing is trained: no parameter is trainable"));
-        }
         let mut adapters = AdapterSet::new();
         let name = "default".to_owned();
         adapters.add(&name, attached)?;
+        // Before the data: what stands before the sequences takes a part of the positions.
         adapters.activate(&mut model, &[(&name, 1.0)])?;
+        let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
+        let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
+        let codec = setup::encoding(&recipe, codec, &model);
+        let data = setup::data(&recipe, &codec, &model)?;
+        let objective = setup::objective(&model, &codec);
+        if parameters.trainable().next().is_none() {
+            return Err(Error::recipe("adapter", "nothing is trained: no parameter is trainable"));
+        }
         Ok(Self { recipe, model, adapters, name, parameters, codec, data, objective })
     }
 
