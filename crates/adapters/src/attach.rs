@@ -10,13 +10,13 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 
-use crate::adapter::{Adapter, Init, PromptSite, Reach, Site, Source};
+use crate::adapter::{Adapter, Init, Reach, Site, Source};
 pub use crate::base::BaseCheck;
 use crate::config::{AdapterConfig, BiasMode, TokenIndices};
 use crate::module::{Host, ModuleMut, TokenRows};
 use crate::parameter::ParameterMap;
 use crate::parametrisation::full::FullLayer;
-use crate::prompt::Prompter;
+use crate::prompt::{self, Prompter};
 use crate::random::normal;
 use crate::target::{Candidate, Kind, Placement, TargetSpec, near_misses};
 use crate::{Error, Result};
@@ -308,7 +308,7 @@ pub fn attach(
     }
     let Builder { layers, dense, rows, mut parameters, whole, .. } = build;
     let mut config = config.clone();
-    let prompt = prompter(host, &mut config, &mut init)?;
+    let prompt = prompt::make(host, &mut config, &mut init)?;
     parameters.extend(init.shared_parameters());
     placement.sites.retain(|site| !whole.contains(&site.path));
     if let Some(path) = file
@@ -318,28 +318,6 @@ pub fn attach(
     }
     let base = BaseCheck::Same;
     Ok(Attached { config, layers, prompt, dense, rows, placement, parameters, base })
-}
-
-/// Makes what stands before the sequences, where the method is of that kind, and fills the model's sizes into `config`.
-fn prompter(host: &mut dyn Host, config: &mut AdapterConfig, init: &mut Init<'_>) -> Result<Option<Arc<dyn Prompter>>> {
-    if config.method.reach() != Reach::Sequence {
-        return Ok(None);
-    }
-    let Some(shape) = host.prompt_slot().map(|slot| *slot.shape()) else {
-        return Err(Error::unsupported(config.method.name(), "this model has no place before its sequences"));
-    };
-    let mut table = None;
-    host.walk(&mut |module| {
-        if let (ModuleMut::Embedding(embedding), None) = (module, &table) {
-            table = Some(embedding.weight().frozen().clone());
-        }
-        Ok(())
-    })?;
-    let Some(table) = table else {
-        return Err(Error::unsupported(config.method.name(), "this model has no token table"));
-    };
-    config.method = config.method.fitted(&shape)?;
-    config.method.prompter(&PromptSite { shape: &shape, table: &table }, init).map(Some)
 }
 
 struct Builder<'a> {

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Flow, ParameterMap, Result};
+use crate::adapter::{Init, PromptSite, Reach};
+use crate::module::{Host, ModuleMut};
+use crate::{AdapterConfig, Error, Flow, ParameterMap, Result};
 
 /// Sizes of a model that what stands before its sequences must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,4 +159,30 @@ impl Virtual {
         let n = self.num_virtual_tokens;
         Ok(Self { num_virtual_tokens: n, token_dim: width, num_layers: shape.blocks, num_attention_heads: heads })
     }
+}
+
+/// Makes what stands before the sequences, where the method is of that kind, and fills the model's sizes into `config`.
+pub(crate) fn make(
+    host: &mut dyn Host,
+    config: &mut AdapterConfig,
+    init: &mut Init<'_>,
+) -> Result<Option<Arc<dyn Prompter>>> {
+    if config.method.reach() != Reach::Sequence {
+        return Ok(None);
+    }
+    let Some(shape) = host.prompt_slot().map(|slot| *slot.shape()) else {
+        return Err(Error::unsupported(config.method.name(), "this model has no place before its sequences"));
+    };
+    let mut table = None;
+    host.walk(&mut |module| {
+        if let (ModuleMut::Embedding(embedding), None) = (module, &table) {
+            table = Some(embedding.weight().frozen().clone());
+        }
+        Ok(())
+    })?;
+    let Some(table) = table else {
+        return Err(Error::unsupported(config.method.name(), "this model has no token table"));
+    };
+    config.method = config.method.fitted(&shape)?;
+    config.method.prompter(&PromptSite { shape: &shape, table: &table }, init).map(Some)
 }

@@ -4,10 +4,14 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use espalier_adapters::Flow;
 use espalier_adapters::prompt::Prompt;
 use espalier_kernels::rows::take_rows;
 
+use crate::cache::KvCache;
+use crate::context::Context;
 use crate::input::{PADDING, TokenBatch};
+use crate::transformer::Model;
 use crate::{Error, Result};
 
 /// A batch with virtual tokens, and where its own tokens are in it.
@@ -141,7 +145,7 @@ pub struct Begun {
     /// Vectors of all places [b, length, hidden].
     pub x: Tensor,
     /// What the blocks share.
-    pub context: crate::context::Context,
+    pub context: Context,
     pub(crate) laid: Option<Laid>,
     /// Virtual tokens before the place that a classifier reads.
     pub(crate) read_before: usize,
@@ -157,5 +161,58 @@ impl Begun {
         let Some(laid) = &self.laid else { return Ok(place) };
         let found = laid.places().get(place as usize).and_then(|at| at.checked_sub(self.read_before as u32));
         found.ok_or_else(|| Error::Input(format!("place {place} of a batch of {} tokens", laid.places().len())))
+    }
+}
+
+impl Model {
+    /// How many virtual tokens stand before each sequence now.
+    pub fn virtual_tokens(&self) -> usize {
+        self.prompt.get().map_or(0, |prompter| prompter.virtual_tokens())
+    }
+
+    /// What the first block takes for `input`, and what all of them share: with what stands before the sequences now.
+    ///
+    /// # Errors
+    /// If the input does not fit the model.
+    pub fn begin(&self, input: &TokenBatch, flow: &Flow) -> Result<Begun> {
+        input.check()?;
+        let Some(prompter) = self.prompt.get() else {
+            let context = self.context(input, input.own_segments())?;
+            return Ok(Begun { x: self.embed(input, None)?, context, laid: None, read_before: 0 });
+        };
+        let prompt = prompter.prompt(flow)?;
+        let laid = Laid::new(input, prompter.virtual_tokens())?;
+        let mut context = self.context(&laid.input, laid.input.own_segments())?;
+        context.standing = KeysValues::of(&prompt, &laid)?;
+        let read_before = match &prompt {
+            Prompt::Tokens(tokens) if self.config.labels().is_some() => tokens.dim(0)?,
+            _ => 0,
+        };
+        Ok(Begun { x: self.embed(input, Some((&prompt, &laid)))?, context, laid: Some(laid), read_before })
+    }
+
+    /// The start of a pass that goes on after `cache`, and its length: the first pass has what stands before the sequences, whose
+    /// positions later ones count.
+    pub(crate) fn go_on(&self, input: &TokenBatch, cache: &mut KvCache, flow: &Flow) -> Result<(Begun, usize)> {
+        if !cache.is_empty() || self.prompt.get().is_none() {
+            let shift = cache.virtual_tokens as u32;
+            let positions = input.positions.iter().map(|p| p + shift).collect();
+            let input = TokenBatch { positions, ..input.clone() };
+            let segments = cache.advance(&input)?;
+            let context = self.context(&input, segments)?;
+            let begun = Begun { x: self.embed(&input, None)?, context, laid: None, read_before: 0 };
+            return Ok((begun, input.length));
+        }
+        let Begun { x, context: first, laid, read_before } = self.begin(input, flow)?;
+        let (n, begun) = (self.virtual_tokens(), laid.as_ref().map_or(input, |laid| &laid.input));
+        let length = begun.length;
+        if length != input.length + n {
+            return Err(Error::Input("rows of several sequences cannot be continued".into()));
+        }
+        let segments = cache.advance(begun)?;
+        let mut context = self.context(begun, segments)?;
+        context.standing = first.standing;
+        cache.virtual_tokens = n;
+        Ok((Begun { x, context, laid, read_before }, length))
     }
 }

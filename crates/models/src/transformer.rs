@@ -17,7 +17,7 @@ use crate::config::{HeadSpec, ModelConfig, Positions};
 use crate::context::{Context, RotaryTables};
 use crate::head::Head;
 use crate::input::TokenBatch;
-use crate::laid::{Begun, KeysValues, Laid};
+use crate::laid::{Begun, Laid};
 use crate::load::Provenance;
 use crate::source::gguf_names::gguf_name;
 use crate::source::{LoadOptions, WeightSource};
@@ -141,38 +141,12 @@ impl Model {
         KvCache::new(self.blocks.len())
     }
 
-    /// How many virtual tokens stand before each sequence now.
-    pub fn virtual_tokens(&self) -> usize {
-        self.prompt.get().map_or(0, |prompter| prompter.virtual_tokens())
-    }
-
-    /// What the first block takes for `input`, and what all of them share: with what stands before the sequences now.
-    ///
-    /// # Errors
-    /// If the input does not fit the model.
-    pub fn begin(&self, input: &TokenBatch, flow: &Flow) -> Result<Begun> {
-        input.check()?;
-        let Some(prompter) = self.prompt.get() else {
-            let context = self.context(input, input.own_segments())?;
-            return Ok(Begun { x: self.embed(input, None)?, context, laid: None, read_before: 0 });
-        };
-        let prompt = prompter.prompt(flow)?;
-        let laid = Laid::new(input, prompter.virtual_tokens())?;
-        let mut context = self.context(&laid.input, laid.input.own_segments())?;
-        context.standing = KeysValues::of(&prompt, &laid)?;
-        let read_before = match &prompt {
-            Prompt::Tokens(tokens) if self.config.labels().is_some() => tokens.dim(0)?,
-            _ => 0,
-        };
-        Ok(Begun { x: self.embed(input, Some((&prompt, &laid)))?, context, laid: Some(laid), read_before })
-    }
-
-    fn context(&self, input: &TokenBatch, segments: Option<Arc<Segments>>) -> Result<Context> {
+    pub(crate) fn context(&self, input: &TokenBatch, segments: Option<Arc<Segments>>) -> Result<Context> {
         Context::new(&self.config, input, segments, (self.dtype, &self.device), &self.tables)
     }
 
     /// Vectors of the input's tokens, and of virtual ones where they are [b, t, hidden].
-    fn embed(&self, input: &TokenBatch, prompt: Option<(&Prompt, &Laid)>) -> Result<Tensor> {
+    pub(crate) fn embed(&self, input: &TokenBatch, prompt: Option<(&Prompt, &Laid)>) -> Result<Tensor> {
         if let Some((i, id)) = input.ids.iter().enumerate().find(|(_, id)| **id as usize >= self.config.vocab) {
             return Err(Error::Input(format!(
                 "token id {id} (row {}, place {}) is outside the model's vocabulary of {}; the tokenizer is another model's",
@@ -340,33 +314,6 @@ impl Model {
         }
         let last = x.narrow(1, length - 1, 1)?.squeeze(1)?.contiguous()?;
         self.scores(&self.finish(&last)?, flow)
-    }
-}
-
-impl Model {
-    /// The start of a pass that goes on after `cache`, and its length: the first pass has what stands before the sequences, whose
-    /// positions later ones count.
-    fn go_on(&self, input: &TokenBatch, cache: &mut KvCache, flow: &Flow) -> Result<(Begun, usize)> {
-        if !cache.is_empty() || self.prompt.get().is_none() {
-            let shift = cache.virtual_tokens as u32;
-            let positions = input.positions.iter().map(|p| p + shift).collect();
-            let input = TokenBatch { positions, ..input.clone() };
-            let segments = cache.advance(&input)?;
-            let context = self.context(&input, segments)?;
-            let begun = Begun { x: self.embed(&input, None)?, context, laid: None, read_before: 0 };
-            return Ok((begun, input.length));
-        }
-        let Begun { x, context: first, laid, read_before } = self.begin(input, flow)?;
-        let (n, begun) = (self.virtual_tokens(), laid.as_ref().map_or(input, |laid| &laid.input));
-        let length = begun.length;
-        if length != input.length + n {
-            return Err(Error::Input("rows of several sequences cannot be continued".into()));
-        }
-        let segments = cache.advance(begun)?;
-        let mut context = self.context(begun, segments)?;
-        context.standing = first.standing;
-        cache.virtual_tokens = n;
-        Ok((Begun { x, context, laid, read_before }, length))
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use common::{device, difference, golden, load, logits, tensors};
 use espalier_adapters::attach::{Origin, attach};
+use espalier_adapters::formats::forms::{self, Form};
 use espalier_adapters::formats::{check, folder};
 use espalier_adapters::prompt::{NO_WEIGHT, Prompt};
 use espalier_adapters::{AdapterSet, Flow, Host};
@@ -236,6 +237,12 @@ fn files_say_the_same_after_a_round_trip_and_stand_the_check() {
         assert!(ours.keys().eq(theirs.keys()), "{name}: {:?} against {:?}", ours.keys(), theirs.keys());
         for (key, tensor) in &ours {
             assert_eq!(difference(tensor, &theirs[key]), 0.0, "{name}: {key}");
+        }
+        for form in [Form::Mlx, Form::Gguf] {
+            let other = temp.path().join("other");
+            let refused =
+                forms::save(form, &mut case.model, case.set.get("a").unwrap(), &other).unwrap_err().to_string();
+            assert!(refused.contains("virtual tokens"), "{name}: {refused}");
         }
         let files = folder::read(temp.path()).unwrap();
         assert_eq!(files.config.method, case.set.get("a").unwrap().config.method, "{name}");

@@ -100,6 +100,8 @@ impl Run {
         let mut dense: Vec<String> = attached.dense.iter().map(|d| format!("{}.{}", d.path, d.part)).collect();
         dense
             .extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
+        let virtual_tokens = attached.prompt.as_ref().map(|prompt| prompt.virtual_tokens());
+        dense.extend(virtual_tokens.map(|n| format!("{n} virtual tokens before each sequence")));
         let method = attached.config.method.name().to_owned();
         let base_note = crate::setup::base_note(attached, &self.model, &self.recipe.model);
         let trainable_parameters = attached.parameters.trainable_count();
