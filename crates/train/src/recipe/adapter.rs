@@ -48,19 +48,26 @@ fn method_fields(method: &MethodConfig) -> Result<Table> {
 pub fn adapter_keys() -> Vec<AdapterKey> {
     let mut keys: Vec<AdapterKey> =
         ADAPTER_KEYS.iter().map(|(name, doc)| AdapterKey { name: (*name).into(), doc: (*doc).into() }).collect();
-    let mut own: Vec<(String, Vec<&str>, String)> = Vec::new();
+    // Each field with the methods that have it, by default.
+    let mut own: Vec<(String, Vec<(String, Vec<&str>)>)> = Vec::new();
     for name in METHODS {
         let fields = MethodConfig::by_name(name).ok().and_then(|m| method_fields(&m).ok()).unwrap_or_default();
         for (field, default) in fields.into_iter().filter(|(field, _)| field != "method") {
-            match own.iter_mut().find(|(known, ..)| *known == field) {
-                Some((_, methods, _)) => methods.push(name),
-                None => own.push((field, vec![name], default.to_string())),
+            let default = default.to_string();
+            let at = own.iter().position(|(known, _)| *known == field).unwrap_or_else(|| {
+                own.push((field, Vec::new()));
+                own.len() - 1
+            });
+            let defaults = &mut own[at].1;
+            match defaults.iter_mut().find(|(known, _)| *known == default) {
+                Some((_, methods)) => methods.push(name),
+                None => defaults.push((default, vec![name])),
             }
         }
     }
-    keys.extend(own.into_iter().map(|(name, methods, default)| AdapterKey {
-        doc: format!("Setting of {} [default: {default}].", methods.join(", ")),
-        name,
+    keys.extend(own.into_iter().map(|(name, defaults)| {
+        let parts = defaults.iter().map(|(default, methods)| format!("{} [default: {default}]", methods.join(", ")));
+        AdapterKey { doc: format!("Setting of {}.", parts.collect::<Vec<_>>().join(", ")), name }
     }));
     keys
 }
