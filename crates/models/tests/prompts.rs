@@ -129,7 +129,7 @@ fn packed_sequences_score_as_alone() {
             continue;
         }
         let rows = case.rows("ids");
-        let rows = vec![rows[0][..5].to_vec(), rows[1].clone(), rows[0][5..8].to_vec()];
+        let rows = [rows[0][..5].to_vec(), rows[1].clone(), rows[0][5..8].to_vec()];
         let together = case.scores(&packed(&rows));
         let mut at = 0;
         for row in &rows {
@@ -191,7 +191,7 @@ fn going_on_after_a_cache_scores_as_the_whole() {
 
 #[test]
 fn greedy_continuations_are_those_of_peft() {
-    let mut tried = 0;
+    let (mut by_passes, mut by_decoder) = (0, 0);
     for name in CASES {
         let case = Case::open(name);
         let Some(expected) = case.golden.get("generated") else { continue };
@@ -210,7 +210,7 @@ fn greedy_continuations_are_those_of_peft() {
                 made.push(choose(&decoder.step(&last).unwrap()));
             }
             assert_eq!(made, expected, "{name}: by the decoder");
-            tried += 100;
+            by_decoder += 1;
         }
         for _ in 0..expected.len() {
             row.push(choose(&scores));
@@ -218,9 +218,9 @@ fn greedy_continuations_are_those_of_peft() {
             scores = case.model.advance(&next, &mut cache, &Flow::eval()).unwrap();
         }
         assert_eq!(row[start..], expected, "{name}");
-        tried += 1;
+        by_passes += 1;
     }
-    assert!(tried % 100 >= 6 && tried >= 100, "{tried}");
+    assert!(by_passes >= 6 && by_decoder >= 1, "{by_passes} by passes, {by_decoder} by the decoder");
 }
 
 #[test]
