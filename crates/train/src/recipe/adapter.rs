@@ -44,12 +44,14 @@ fn method_fields(method: &MethodConfig) -> Result<Table> {
     }
 }
 
+/// The methods that have a field, by its default.
+type ByDefault<'a> = Vec<(String, Vec<&'a str>)>;
+
 /// All keys of the `[adapter]` table: placement, then the methods' own settings.
 pub fn adapter_keys() -> Vec<AdapterKey> {
     let mut keys: Vec<AdapterKey> =
         ADAPTER_KEYS.iter().map(|(name, doc)| AdapterKey { name: (*name).into(), doc: (*doc).into() }).collect();
-    // Each field with the methods that have it, by default.
-    let mut own: Vec<(String, Vec<(String, Vec<&str>)>)> = Vec::new();
+    let mut own: Vec<(String, ByDefault<'_>)> = Vec::new();
     for name in METHODS {
         let fields = MethodConfig::by_name(name).ok().and_then(|m| method_fields(&m).ok()).unwrap_or_default();
         for (field, default) in fields.into_iter().filter(|(field, _)| field != "method") {
