@@ -10,7 +10,7 @@ use common::golden;
 use espalier_adapters::formats::check::check;
 use espalier_adapters::formats::folder::{CONFIG_FILE, WEIGHTS_FILE};
 use espalier_adapters::formats::peft_config;
-use espalier_adapters::formats::safetensors::{Entry, MappedFile, write};
+use espalier_adapters::formats::safetensors::{Entry, TensorFile, write};
 use serde_json::{Value, json};
 
 const CASES: [&str; 8] = ["ia3", "loha", "lokr_both", "hra", "oft", "fourierft", "vblora", "boft"];
@@ -23,7 +23,7 @@ fn files_are_judged_by_names_and_targets() {
         assert!(report.faults.is_empty() && report.sites > 0, "{case}: {report:?}");
         let temp = tempfile::tempdir().unwrap();
         std::fs::copy(path.join(CONFIG_FILE), temp.path().join(CONFIG_FILE)).unwrap();
-        let mut tensors = MappedFile::open(&path.join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
+        let mut tensors = TensorFile::open(&path.join(WEIGHTS_FILE)).unwrap().load_all(&Device::Cpu).unwrap();
         let key = tensors.keys().find(|key| key.contains("layers.0")).unwrap().clone();
         let tensor = tensors[&key].clone();
         let (module, part) = key.split_once("_proj").unwrap();
