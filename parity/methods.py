@@ -104,7 +104,8 @@ def make(only=None):
             seed_global(f"methods/{case}")
             model = get_peft_model(families.load(base), config()).eval()
             perturb(model, case)
-            expected = {"ids": ids} | gradients(model, ids)
+            # PEFT scales shared OFT values down to the limit as they are stored; ours is a part of the function.
+            expected = {"ids": ids} | ({} if case == "oft_shared" else gradients(model, ids))
             with torch.no_grad():
                 expected["logits"] = model(input_ids=ids).logits
                 save(model, folder, base)

@@ -38,7 +38,7 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
 /// Faults of the tree under `root`, one line each.
 pub fn check(root: &Path) -> Vec<String> {
     let mut faults = Vec::new();
-    let crates = ["kernels", "adapters", "models", "data", "infer", "train", "trials", "cli"];
+    let crates = ["kernels", "adapters", "models", "data", "infer", "train", "trials", "systems", "cli"];
     for name in crates {
         for (path, text) in rust_files(root, &format!("crates/{name}/src")) {
             if text.lines().count() > LONGEST && !path.contains("synthetic/words") {

@@ -296,6 +296,7 @@ pub fn attach_part(
         parameters: ParameterMap::new(),
         saved: config.modules_to_save.iter().map(|m| (m.clone(), 0)).collect(),
         whole: BTreeSet::new(),
+        made: 0,
     };
     host.walk(&mut |module| {
         let path = module.path().to_owned();
@@ -316,6 +317,7 @@ pub fn attach_part(
                 } else if let Some(site) = placed.get(path.as_str()) {
                     let site = Site::of(site, linear.base(), false, device);
                     let layer = config.method.attach(&site, &mut init)?;
+                    build.made += 1;
                     build.layer(&path, layer);
                 }
                 if let Some(bias) = linear.bias()
@@ -344,6 +346,7 @@ pub fn attach_part(
                 } else if let Some(site) = placed.get(path.as_str()) {
                     let site = Site::of(site, embedding.base(), true, device);
                     let layer = config.method.attach(&site, &mut init)?;
+                    build.made += 1;
                     build.layer(&path, layer);
                 }
                 if let Some(head) = head.filter(|_| !config.tie_weights) {
@@ -382,18 +385,15 @@ pub fn attach_part(
             near_misses: near_misses(pattern, survey.candidates.iter().map(|c| c.path.clone())),
         });
     }
-    let Builder { layers, dense, rows, mut parameters, whole, .. } = build;
+    let Builder { layers, dense, rows, mut parameters, whole, made, .. } = build;
     let mut config = config.clone();
     let prompt = prompt::make(host, &mut config, &mut init)?;
     parameters.extend(init.shared_parameters());
     placement.sites.retain(|site| !whole.contains(&site.path));
     if let Some(path) = file {
         // What all sites share belongs to a part without sites as well.
-        let unused: Vec<String> = tensors
-            .keys()
-            .filter(|name| name.contains('.') || !layers.is_empty() || prompt.is_some())
-            .cloned()
-            .collect();
+        let taken = made > 0 || prompt.is_some();
+        let unused: Vec<String> = tensors.keys().filter(|name| name.contains('.') || taken).cloned().collect();
         if !(missing.is_empty() && unused.is_empty()) {
             return Err(Error::Unpaired { path: path.to_owned(), missing, unused });
         }
@@ -415,6 +415,8 @@ struct Builder<'a> {
     saved: Vec<(String, usize)>,
     /// Paths of the modules that are saved whole.
     whole: BTreeSet<String>,
+    /// Layers of the method itself.
+    made: usize,
 }
 
 impl Builder<'_> {

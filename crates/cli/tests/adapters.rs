@@ -24,7 +24,7 @@ fn data(name: &str) -> Option<PathBuf> {
 fn golden_adapters_pass_with_and_without_their_base() {
     for entry in std::fs::read_dir(golden().join("adapters")).unwrap() {
         let path = entry.unwrap().path();
-        if path.ends_with("lora_bias_term") {
+        if path.join("refused.txt").exists() {
             continue;
         }
         let config: Value = serde_json::from_slice(&std::fs::read(path.join("adapter_config.json")).unwrap()).unwrap();

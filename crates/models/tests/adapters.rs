@@ -4,10 +4,10 @@
 mod common;
 
 use candle_core::{DType, Tensor};
-use common::{batch, device, difference, golden, largest, load, logits, tensors};
+use common::{device, difference, golden, load, logits, tensors};
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::formats::folder;
-use espalier_adapters::{AdapterSet, Flow, Host};
+use espalier_adapters::{AdapterSet, Host};
 use espalier_models::Model;
 
 const TOLERANCE: f64 = 1e-4;
@@ -59,39 +59,6 @@ fn scores_equal_peft() {
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
-}
-
-#[test]
-fn gradients_equal_peft() {
-    let mut compared = 0;
-    let mut failures = Vec::new();
-    for name in &cases() {
-        // PEFT scales the stored values down to the limit, where they stay at the edge of it; here the scaling is a part of the function.
-        if name == "oft_shared" {
-            continue;
-        }
-        let golden_tensors = tensors(&golden().join("adapters").join(name).join("expected.safetensors"));
-        if !golden_tensors.keys().any(|key| key.starts_with("grad.")) {
-            continue;
-        }
-        let case = open(name);
-        let scores = case.model.forward(&batch(&case.ids), &Flow::eval()).unwrap();
-        let loss = (scores.to_dtype(DType::F32).unwrap().sqr().unwrap().mean_all().unwrap() * 0.5).unwrap();
-        let grads = loss.backward().unwrap();
-        let parameters = &case.set.get("a").unwrap().parameters;
-        for (key, theirs) in golden_tensors.iter().filter_map(|(k, t)| Some((k.strip_prefix("grad.")?, t))) {
-            let found = parameters.trainable().find(|p| key.ends_with(&format!(".{}", p.name)));
-            let found = found.unwrap_or_else(|| panic!("{name}: {key} is not trained here"));
-            let ours = grads.get(&found.tensor).unwrap_or_else(|| panic!("{name}: {key} has no gradient"));
-            let d = difference(ours, theirs) / largest(theirs);
-            if d.is_nan() || d > TOLERANCE {
-                failures.push(format!("{name}: {key}: {d:.3e}"));
-            }
-            compared += 1;
-        }
-    }
-    eprintln!("{compared} gradients");
-    assert!(failures.is_empty() && compared > 80, "{compared}: {failures:#?}");
 }
 
 #[test]

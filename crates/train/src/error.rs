@@ -134,6 +134,11 @@ impl Error {
         match self {
             Self::Adapter(e) => e.hint(),
             Self::Model(e) => e.hint(),
+            Self::RunFile(crate::run::RunError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Some("free some space; earlier files are untouched, and --resume goes on from the last checkpoint".into())
+            }
             Self::NotFinite { .. } => Some(
                 "lower the learning rate, set max_grad_norm, or train in f32, in a run folder of its own: the checkpoint goes on only \
                  with the recipe it was made with, to the same step"

@@ -82,7 +82,10 @@ fn a_conversation_without_a_template_says_where_one_can_be_given() {
         max_length: 64,
         ..place.recipe(&rows)
     };
-    place.refuses(with.clone(), &["chat.jsonl:1", "chat template", "put chat_template.jinja into it", "`tokenizer`"]);
+    place.refuses(
+        with.clone(),
+        &["chat.jsonl:1", "chat template", "put chat_template.jinja into the folder", "`tokenizer`"],
+    );
     // The key it names exists, and what it says helps.
     assert!(toml::Table::try_from(&with).unwrap().contains_key("tokenizer"));
     let template =

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Attached, Origin, attach};
+use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::safetensors::TensorFile;
 use espalier_adapters::formats::{folder, sum};
 use espalier_adapters::parametrisation::lora::Lora;
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, Host, MethodConfig, ModuleMut};
 use espalier_models::{LoadOptions, Model, TokenBatch};
 
-use crate::subject::{difference, off_start};
+use crate::subject::{self, difference, off_start};
 use crate::{Bar, Scope, Tally, Trial, root};
 
 /// The trial.
@@ -38,7 +38,9 @@ const SUMS: [&[(usize, f64)]; 4] = [&[(3, 1.0), (3, 1.0)], &[(32, 0.7), (32, -1.
 type Weights = BTreeMap<String, Tensor>;
 
 fn made(model: &mut Model, method: MethodConfig, seed: u64) -> Result<Attached> {
-    let attached = attach(model, &AdapterConfig::new(method), Origin::Seed(seed), DType::F32, &Device::Cpu)?;
+    let config = AdapterConfig::new(method);
+    let evidence = &mut subject::evidence(&config);
+    let attached = attach_from_data(model, &config, (seed, 1e-3), DType::F32, &Device::Cpu, evidence)?;
     off_start(&attached, seed + 100)?;
     Ok(attached)
 }

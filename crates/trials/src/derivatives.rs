@@ -37,8 +37,8 @@ const WEIGHT: Limit = Limit { unit: "largest relative difference of outputs from
 const STEP: f64 = 1e-5;
 /// An error above this is one of the formula, not of the step.
 const WRONG: f64 = 1e-6;
-const IN: usize = 6;
-const INNER: usize = 10;
+const IN: usize = 8;
+const INNER: usize = 16;
 const OUT: usize = 9;
 const ROWS: usize = 5;
 

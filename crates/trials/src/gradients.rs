@@ -9,6 +9,7 @@ use espalier_adapters::Flow;
 use espalier_adapters::formats::folder::{self, CONFIG_FILE, WEIGHTS_FILE};
 use espalier_adapters::formats::safetensors::{self, Entry};
 use espalier_data::Batch;
+use espalier_models::TokenBatch;
 use espalier_train::objective::causal::Causal;
 use espalier_train::objective::classification::Classification;
 use espalier_train::objective::{Objective, Targets};
@@ -75,8 +76,42 @@ fn theirs(case: &Case, expected: &BTreeMap<String, Tensor>, scratch: &Path) -> R
     Ok(read.parameters.iter().map(|p| (p.name.clone(), p.tensor.clone())).collect())
 }
 
+/// A golden file without labels: the loss is half the mean square of the scores.
+fn unlabelled(case: &Case, expected: &BTreeMap<String, Tensor>, tally: &mut Tally) -> Result<()> {
+    let uses = case.uses()?;
+    let ids = expected.get("ids").context("no ids")?;
+    let (rows, cols) = ids.dims2()?;
+    let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+    let mut model = case.model(DType::F32)?;
+    let attached = case.attach(&mut model)?;
+    let parameters = attached.parameters.clone();
+    let _set = acting(&mut model, attached)?;
+    let scores = model.forward(&TokenBatch::new(ids, rows, cols)?, &Flow::eval())?;
+    let found = (scores.to_dtype(DType::F32)?.sqr()?.mean_all()? * 0.5)?.backward()?;
+    let mut left: BTreeMap<&str, &Tensor> =
+        expected.iter().filter_map(|(key, t)| Some((key.strip_prefix("grad.")?, t))).collect();
+    for parameter in parameters.trainable() {
+        let name = &parameter.name;
+        let ours = found.get(&parameter.tensor).with_context(|| format!("{name}: no gradient reaches it"))?;
+        let key = left.keys().find(|key| key.ends_with(&format!(".{name}"))).copied();
+        let theirs = key.and_then(|key| left.remove(key)).with_context(|| format!("{name}: PEFT has no gradient"))?;
+        let error = relative(ours, theirs)?;
+        tally.value(format!("{name} of {}", case.name), error);
+        tally.cell(uses.clone(), "gradients", error);
+    }
+    anyhow::ensure!(left.is_empty(), "PEFT has gradients of {:?}, and nothing of these names is trained here", left.keys());
+    Ok(())
+}
+
 fn one(case: &Case, scratch: &Path, tally: &mut Tally) -> Result<()> {
     let (expected, uses) = (case.expected()?, case.uses()?);
+    if !expected.keys().any(|key| key.starts_with("grad.")) {
+        tally.count("cases without PEFT's gradients");
+        return Ok(());
+    }
+    if !expected.contains_key("labels") {
+        return unlabelled(case, &expected, tally);
+    }
     let theirs = theirs(case, &expected, scratch)?;
     let mut model = case.model(DType::F32)?;
     let attached = case.attach(&mut model)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::attach::{Origin, attach};
+use espalier_adapters::attach::{attach_from_data};
 use espalier_adapters::random::{normal, stream};
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, MethodConfig, ParameterMap};
 use espalier_data::Batch;
@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::golden::{self, listed, name_of};
-use crate::subject::acting;
+use crate::subject::{self, acting};
 use crate::{Scope, Tally, Trial};
 
 /// The trial.
@@ -83,7 +83,9 @@ fn packed(rng: &mut ChaCha8Rng, words: u32) -> (Batch, Vec<std::ops::Range<usize
 /// An adapter on a model, off its start.
 fn adapted(family: &Path, method: &MethodConfig) -> Result<(Model, ParameterMap, AdapterSet)> {
     let mut model = Model::load(family, &LoadOptions::cpu())?;
-    let attached = attach(&mut model, &AdapterConfig::new(method.clone()), Origin::Seed(1), DType::F32, &Device::Cpu)?;
+    let config = AdapterConfig::new(method.clone());
+    let evidence = &mut subject::evidence(&config);
+    let attached = attach_from_data(&mut model, &config, (1, 1e-3), DType::F32, &Device::Cpu, evidence)?;
     let parameters = attached.parameters.clone();
     for p in parameters.trainable() {
         let noise = normal(&mut stream(2, &p.name), 0.05, p.tensor.shape(), &Device::Cpu)?;

@@ -57,7 +57,7 @@ impl Method for Dylora {
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<DyloraLayer> {
         site.refuse_lookup("dylora")?;
-        let most = self.r.max(site.rank);
+        let most = self.r.max(site.checked_rank()?);
         if self.rank > most {
             return Err(Error::config("rank", format!("{}: rank {} of a product of {most}", site.path, self.rank)));
         }

@@ -59,13 +59,25 @@ impl Method for Nola {
         let bound = 1.0 / (site.d_in as f64).sqrt();
         let mut rng = random::stream(self.basis_seed, &place("nola_A_0", r, site.d_in));
         let start = random::uniform(&mut rng, bound, (r, site.d_in), &init.device)?.to_dtype(init.dtype)?;
+        let down = basis(place("nola_A", r, site.d_in), (r, site.d_in));
+        let up = basis(place("nola_B", site.d_out, r), (site.d_out, r));
+        let check = Tensor::from_vec(down.first_column(), r, &init.device)?.to_dtype(init.dtype)?;
+        let kept = init.frozen("nola_check", r, |_, _, _| Ok(check.clone()))?;
+        let apart = (&kept - &check)?.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        if apart > 1e-6 {
+            return Err(Error::config(
+                "basis_seed",
+                format!("{}: the settings give other random matrices than the file was trained with", site.path),
+            ));
+        }
         Ok(NolaLayer {
             path: site.path.clone(),
+            check,
             a: init.zeros("nola_alpha", self.bases)?,
             b: init.zeros("nola_beta", self.bases)?,
             start,
-            down: basis(place("nola_A", r, site.d_in), (r, site.d_in)),
-            up: basis(place("nola_B", site.d_out, r), (site.d_out, r)),
+            down,
+            up,
             scale: site.alpha / r as f64,
             dropout: checked_dropout(self.dropout)?,
         })
@@ -112,6 +124,17 @@ impl Basis {
         for value in values {
             *value = ((rng.random::<u32>() >> 8) as f32 * (2.0 / 16_777_216.0) - 1.0) * unit;
         }
+    }
+
+    /// The first column of the first matrix.
+    fn first_column(&self) -> Vec<f32> {
+        let rng = random::stream(self.seed, &self.name);
+        let mut one = [0f32];
+        let mut at = |row: usize| {
+            self.draw(&rng, 0, row * self.shape.1, &mut one);
+            one[0]
+        };
+        (0..self.shape.0).map(&mut at).collect()
     }
 
     /// sum_i c_i M_i.
@@ -189,6 +212,8 @@ pub struct NolaLayer {
     path: String,
     a: Tensor,
     b: Tensor,
+    /// The first column of A_1, by which a file knows its random matrices.
+    check: Tensor,
     /// A_0.
     start: Tensor,
     down: Basis,
@@ -206,6 +231,7 @@ impl Adapter for NolaLayer {
         let mut map = ParameterMap::new();
         map.push("nola_alpha", &self.a, true);
         map.push("nola_beta", &self.b, true);
+        map.push("nola_check", &self.check, false);
         map
     }
 

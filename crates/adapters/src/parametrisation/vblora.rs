@@ -103,7 +103,7 @@ impl Method for Vblora {
     }
 
     fn examples() -> Vec<(String, Self)> {
-        let bank = Self { num_vectors: 6, vector_length: 1, init_vector_bank_bound: 1.0, ..Self::default() };
+        let bank = Self { num_vectors: 6, vector_length: 1, init_vector_bank_bound: 0.3, ..Self::default() };
         vec![
             ("two vectors".to_owned(), bank.clone()),
             ("three vectors, dropout".to_owned(), Self { topk: 3, dropout: 0.4, ..bank }),

@@ -17,6 +17,7 @@ mod pretrain;
 mod probe;
 mod quickstart;
 mod synth;
+mod systems;
 mod tokenizer;
 mod train;
 
@@ -68,6 +69,10 @@ enum Command {
     Synth(synth::Synth),
     /// Train a tokenizer on text.
     Tokenizer(tokenizer::TokenizerTrain),
+    /// List the published systems that are in here, and how much of each.
+    Systems(systems::Systems),
+    /// Check what a system's paper claims.
+    Reproduce(systems::Reproduce),
     /// Measure speed on random weights.
     Bench(bench::Bench),
     /// Check this machine.
@@ -113,6 +118,8 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Logits(c) => c.run(out),
         Command::Synth(c) => c.run(out),
         Command::Tokenizer(c) => c.run(out),
+        Command::Systems(c) => c.run(out),
+        Command::Reproduce(c) => c.run(out),
         Command::Bench(c) => c.run(out),
         Command::Doctor(c) => c.run(out),
         Command::Completions(c) => c.run(Cli::command()),
