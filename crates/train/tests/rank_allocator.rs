@@ -60,8 +60,8 @@ fn courses_without_a_step_to_prune_in_are_refused() {
     for (wrong, named) in [
         (Budget { initial: 11, ..BUDGET }, "no step"),
         (Budget { every: 0, ..BUDGET }, "no step"),
-        (Budget { beta1: 1.0, ..BUDGET }, "beta1"),
-        (Budget { beta2: 0.0, ..BUDGET }, "beta2"),
+        (Budget { beta1: 1.0, ..BUDGET }, "sensitivity_beta"),
+        (Budget { beta2: 0.0, ..BUDGET }, "uncertainty_beta"),
     ] {
         let error = allocator(wrong).unwrap_err().to_string();
         assert!(error.contains(named), "{error}");

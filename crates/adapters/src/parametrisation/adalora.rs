@@ -43,9 +43,9 @@ pub struct AdaLora {
     /// Steps from one pruning to the next.
     pub delta_t: usize,
     /// Decay of the smoothed sensitivity.
-    pub beta1: f64,
+    pub sensitivity_beta: f64,
     /// Decay of its uncertainty.
-    pub beta2: f64,
+    pub uncertainty_beta: f64,
     /// Weight of the penalty that keeps P and Q orthogonal.
     pub orth_reg_weight: f64,
     /// Steps of the whole schedule; 0: those of the run.
@@ -64,8 +64,8 @@ impl Default for AdaLora {
             tinit: 0,
             tfinal: 0,
             delta_t: 1,
-            beta1: 0.85,
-            beta2: 0.85,
+            sensitivity_beta: 0.85,
+            uncertainty_beta: 0.85,
             orth_reg_weight: 0.5,
             total_step: 0,
             kept: BTreeMap::new(),
@@ -80,7 +80,7 @@ impl AdaLora {
     /// Whether the settings can be meant.
     fn check(&self) -> Result<()> {
         checked_dropout(self.dropout)?;
-        for (key, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+        for (key, beta) in [("sensitivity_beta", self.sensitivity_beta), ("uncertainty_beta", self.uncertainty_beta)] {
             if !(beta > 0.0 && beta < 1.0) {
                 return Err(Error::config(key, format!("{beta} is not between 0 and 1")));
             }
@@ -116,7 +116,7 @@ impl Method for AdaLora {
 
     const PEFT: Option<PeftNames> = Some(PeftNames {
         kind: "ADALORA",
-        keys: &[("r", "init_r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("delta_t", "deltaT")],
+        keys: &[("r", "init_r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("delta_t", "deltaT"), ("sensitivity_beta", "beta1"), ("uncertainty_beta", "beta2")],
         fixed: &[("init_lora_weights", "true"), ("use_dora", "false"), ("use_rslora", "false")],
     });
 

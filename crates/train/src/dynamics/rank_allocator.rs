@@ -77,7 +77,7 @@ impl RankAllocator {
             );
             return Err(Error::recipe("adapter.total_step", message));
         }
-        for (key, beta) in [("adapter.beta1", budget.beta1), ("adapter.beta2", budget.beta2)] {
+        for (key, beta) in [("adapter.sensitivity_beta", budget.beta1), ("adapter.uncertainty_beta", budget.beta2)] {
             if !(beta > 0.0 && beta < 1.0) {
                 return Err(Error::recipe(key, format!("{beta} is not between 0 and 1")));
             }
