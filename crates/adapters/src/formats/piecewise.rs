@@ -97,6 +97,8 @@ impl Piece {
                 Some(module) => {
                     piece.places.insert(name, module);
                 }
+                // What all sites share has no module; whether it is taken is seen when a part is made.
+                None if !name.contains('.') => {}
                 None => unused.push(name),
             }
         }
@@ -127,7 +129,7 @@ impl Piece {
             Held::Memory(files) => {
                 let taken = |all: &BTreeMap<String, _>| {
                     all.iter()
-                        .filter(|(name, _)| at(name))
+                        .filter(|(name, _)| at(name) || !name.contains('.'))
                         .map(|(name, t): (&String, &candle_core::Tensor)| (name.clone(), t.clone()))
                         .collect()
                 };

@@ -119,6 +119,7 @@ impl Method for AdaLora {
         keys: &[("r", "init_r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("delta_t", "deltaT"), ("sensitivity_beta", "beta1"), ("uncertainty_beta", "beta2")],
         fixed: &[("init_lora_weights", "true"), ("use_dora", "false"), ("use_rslora", "false")],
     });
+    const TENSORS: &'static [&'static str] = &["lora_A", "lora_B", "lora_E"];
 
     fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<AdaLoraLayer> {
         site.refuse_lookup("adalora")?;
