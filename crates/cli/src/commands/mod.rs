@@ -4,6 +4,7 @@ mod adapter;
 mod bench;
 mod chat;
 mod check;
+mod compare;
 mod completions;
 mod doctor;
 mod eval;
@@ -69,6 +70,8 @@ enum Command {
     Synth(synth::Synth),
     /// Train a tokenizer on text.
     Tokenizer(tokenizer::TokenizerTrain),
+    /// Compare methods on the same rows and budget.
+    Compare(compare::Compare),
     /// List the published systems that are in here, and how much of each.
     Systems(systems::Systems),
     /// Check what a system's paper claims.
@@ -118,6 +121,7 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Logits(c) => c.run(out),
         Command::Synth(c) => c.run(out),
         Command::Tokenizer(c) => c.run(out),
+        Command::Compare(c) => c.run(out),
         Command::Systems(c) => c.run(out),
         Command::Reproduce(c) => c.run(out),
         Command::Bench(c) => c.run(out),

@@ -3,6 +3,8 @@
 //! The sweep runs with the first seed; the learning rate with the lowest loss on the held-out rows is then run with the others. Every
 //! run has a folder of its own and is resumed or passed over when the comparison is started again.
 
+mod report;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,7 +17,7 @@ use crate::run::RunFolder;
 use crate::run::metrics::{self, EvalRecord, Record, StepRecord};
 use crate::session::{self, SessionOptions};
 use crate::trainer::{Run, Scope};
-use crate::{Error, Result, checkpoint, memory};
+use crate::{Error, Result, checkpoint, resident};
 
 /// One of those compared.
 #[derive(Debug, Clone)]
@@ -302,13 +304,18 @@ fn run(
 }
 
 fn once(grid: &Grid, recipe: &Recipe, progress: &mut dyn Progress, interrupted: &AtomicBool) -> Result<Ran> {
-    memory::reset_peak();
+    resident::reset();
     let files = RunFolder::new(&recipe.out);
     let resume = !checkpoint::list(&files.checkpoints()).is_empty();
     let mut run = Run::prepare_again(recipe.clone(), resume)?;
     let plan = run.plan(0)?;
-    let options =
-        SessionOptions { scope: Scope::Adapter, resume, overwrite: !resume, command: "espalier compare".to_owned() };
+    let options = SessionOptions {
+        scope: Scope::Adapter,
+        resume,
+        overwrite: !resume,
+        allow_memory: false,
+        command: "espalier compare".to_owned(),
+    };
     let stop = AtomicBool::new(interrupted.load(Ordering::Relaxed));
     let tokens = match metrics::read(files.metrics()) {
         Ok(records) if resume => records.iter().map(|r| if let Record::Step(step) = r { step.tokens } else { 0 }).sum(),
