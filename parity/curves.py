@@ -7,11 +7,13 @@ expected.safetensors (ids [2, 12] of the base family, logits of the final adapte
 Rows are taken in file order, cycling; a micro batch is 2 rows, right-padded with id 0, label -100, mask 0. The loss
 is the sum of cross entropies of the shifted, labelled tokens of the step divided by their number: with one micro batch
 that is the model's own mean loss. Every trainable tensor decays (weight decay 0.01), DoRA's magnitudes included.
+AdaLoRA's losses hold its penalty, at its weight; none of its ranks is pruned in these steps.
 """
 
 import json
 import warnings
 
+import peft
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
@@ -26,7 +28,7 @@ LLAMA = dict(r=2, lora_alpha=4, target_modules=adapters.ATTENTION_MLP, **adapter
 GPT2 = dict(r=2, lora_alpha=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, **adapters.LM)
 PHI3 = dict(r=2, lora_alpha=4, target_modules="all-linear", **adapters.LM)
 
-# case: (base, LoraConfig arguments, settings other than the defaults)
+# case: (base, LoraConfig arguments or settings of another method, settings other than the defaults)
 CASES = {
     "llama_lora": ("llama_gqa_tied", LLAMA, {}),
     "llama_rslora": ("llama_gqa_tied", LLAMA | dict(use_rslora=True, r=3, rank_pattern={"q_proj": 1}, alpha_pattern={"o_proj": 6}), {}),
@@ -38,6 +40,10 @@ CASES = {
     "gpt2_dora": ("gpt2", GPT2 | dict(use_dora=True), {}),
     "phi3_lora": ("phi3", PHI3, {}),
     "phi3_dora": ("phi3", PHI3 | dict(use_dora=True), {}),
+    "llama_prompt": ("llama_gqa_tied", peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), {"unequal": True, "lr": 2e-2}),
+    "gpt2_prefix": ("gpt2", peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"unequal": True, "lr": 2e-2}),
+    "llama_adalora": ("llama_gqa_tied", peft.AdaLoraConfig(
+        init_r=3, lora_alpha=6, tinit=STEPS, total_step=2 * STEPS, target_modules=adapters.ATTENTION_MLP, task_type="CAUSAL_LM"), {"lr": 2e-2}),
 }
 
 
@@ -71,11 +77,11 @@ def collate(rows):
     }
 
 
-def train(model, rows, accumulate=1, max_grad_norm=0.0, warmup_steps=0, schedule="constant"):
+def train(model, rows, accumulate=1, max_grad_norm=0.0, warmup_steps=0, schedule="constant", lr=ADAMW["lr"]):
     """Run the steps; per step: loss, learning rate, gradient norm before clipping, labelled tokens."""
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, **ADAMW)
+    optimiser = torch.optim.AdamW(trainable, **ADAMW | dict(lr=lr))
     if schedule == "cosine":
         scheduler = hf.get_cosine_schedule_with_warmup(optimiser, warmup_steps, STEPS)
     else:
@@ -115,15 +121,15 @@ def make():
         seed_global(f"curves/{case}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_peft_model(families.load(base), LoraConfig(**args))
+            model = get_peft_model(families.load(base), LoraConfig(**args) if isinstance(args, dict) else args)
         adapters.save(model, folder / "init", base)
         (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         log = train(model, rows, **settings)
         adapters.save(model, folder / "final", base)
         ids = families.ids_for(base)
         with torch.no_grad():
-            save_tensors(folder / "expected.safetensors", {"ids": ids, "logits": model.eval()(input_ids=ids).logits})
-        head = dict(base=f"families/{base}", steps=STEPS, batch_size=MICRO, accumulate=settings.get("accumulate", 1), **ADAMW,
+            save_tensors(folder / "expected.safetensors", {"ids": ids, "logits": model.eval()(input_ids=ids).logits[:, -ids.shape[1]:]})
+        head = dict(base=f"families/{base}", steps=STEPS, batch_size=MICRO, accumulate=settings.get("accumulate", 1), **ADAMW | dict(lr=settings.get("lr", ADAMW["lr"])),
             schedule=settings.get("schedule", "constant"), warmup_steps=settings.get("warmup_steps", 0),
             max_grad_norm=settings.get("max_grad_norm", 0.0))
         body = json.dumps({"settings": head, **log}).replace('], "', '],\n "').replace('}, "', '},\n "')

@@ -1,12 +1,12 @@
-"""Write golden/: everything, or only the named parts (families adapters methods curves sft quant optim composition). See README.md."""
+"""Write golden/: everything, or only the named parts (families adapters methods prompts curves sft quant optim composition). See README.md."""
 
 import sys
 from importlib import import_module
 
 from common import GOLDEN, manifest
 
-PARTS = ["families", "adapters", "methods", "curves", "sft", "quant", "optim", "composition"]
-LIMIT = 4_000_000
+PARTS = ["families", "adapters", "methods", "prompts", "curves", "sft", "quant", "optim", "composition"]
+LIMIT = 5_000_000
 
 
 def main(parts):

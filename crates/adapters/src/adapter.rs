@@ -9,12 +9,14 @@ use espalier_kernels::frozen::FrozenWeight;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::auxiliary::Auxiliary;
 use crate::by_row::ByRow;
 use crate::formats::peft_config::{self, PeftNames};
 pub use crate::init::{Evidence, EvidenceKind, Init, Shared, Source, Wanted};
 use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
 use crate::parametrisation::MethodConfig;
+use crate::prompt::{PromptShape, Prompter};
 use crate::{Error, Flow, Result};
 
 /// How one frozen linear map is adapted. One implementation per file under `parametrisation/` or `routing/`.
@@ -112,6 +114,14 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
+    /// What the layer asks of its own parameters, beside what the objective measures.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn penalty(&self) -> Result<Option<Auxiliary>> {
+        Ok(None)
+    }
+
     /// The choice that this is, where each sequence of a batch goes through an adapter of its own.
     fn by_row(&self) -> Option<&ByRow> {
         None
@@ -162,8 +172,59 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
     /// (a saved one), so that one code path serves both.
     ///
     /// # Errors
-    /// If the settings do not fit the site or the file's tensors do not have the shapes asked for.
-    fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<Self::Layer>;
+    /// If the settings do not fit the site or the file's tensors do not have the shapes asked for; if the method has no layers
+    /// ([`Self::reach`]).
+    fn attach(&self, site: &Site, init: &mut Init<'_>) -> Result<Self::Layer> {
+        let _ = init;
+        Err(Error::unsupported(format!("a layer at {}", site.path), "the method acts on no linear map"))
+    }
+
+    /// What the method acts on, of the modules that its targets name.
+    fn reach(&self) -> Reach<'_> {
+        Reach::Maps
+    }
+
+    /// Makes what stands before the sequences, for methods of [`Reach::Sequence`].
+    ///
+    /// # Errors
+    /// If the settings do not fit the model, or the file's tensors do not have the shapes asked for.
+    fn prompter(&self, site: &PromptSite<'_>, init: &mut Init<'_>) -> Result<Arc<dyn Prompter>> {
+        let (_, _) = (site, init);
+        Err(Error::unsupported("something before the sequences", "the method makes none"))
+    }
+
+    /// The settings with the model's sizes filled in, for methods that keep them.
+    ///
+    /// # Errors
+    /// If sizes were given that are not the model's.
+    fn fitted(&self, shape: &PromptShape) -> Result<Self> {
+        let _ = shape;
+        Ok(self.clone())
+    }
+
+    /// How many places of a sequence the method takes for what stands before it.
+    fn virtual_tokens(&self) -> usize {
+        0
+    }
+
+    /// The sizes of the model that the settings are for, where they say so.
+    fn prompt_shape(&self) -> Option<PromptShape> {
+        None
+    }
+
+    /// Whether a run of `steps` steps trains the method as its settings say.
+    ///
+    /// # Errors
+    /// If it does not.
+    fn check_schedule(&self, steps: usize) -> Result<()> {
+        let _ = steps;
+        Ok(())
+    }
+
+    /// What the method cannot do, each with the reason.
+    fn exceptions() -> &'static [(Property, &'static str)] {
+        &[]
+    }
 
     /// What must be known of the data before a new adapter can be made.
     fn wanted(&self) -> Option<Wanted> {
@@ -226,6 +287,51 @@ pub trait Method: Clone + Default + Serialize + DeserializeOwned {
             Some(names) => peft_config::settings_from_keys(keys, &names),
             None => Ok(None),
         }
+    }
+}
+
+/// What a method acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach<'a> {
+    /// Linear maps and embeddings, each through a layer of its own ([`Method::attach`]).
+    Maps,
+    /// Modules of every kind, norms first of all: each is trained whole in place of the frozen one.
+    Whole,
+    /// Rows of token tables.
+    Rows {
+        /// The tokens.
+        tokens: &'a [u32],
+        /// Whether the rows start as the base's, or drawn.
+        copied: bool,
+    },
+    /// No module: what stands before every sequence ([`Method::prompter`]).
+    Sequence,
+}
+
+/// Where what stands before the sequences is made.
+#[derive(Debug)]
+pub struct PromptSite<'a> {
+    /// The model's sizes.
+    pub shape: &'a PromptShape,
+    /// The table of its tokens [vocabulary, width].
+    pub table: &'a Tensor,
+}
+
+/// Something that every method can do unless it says why it cannot. What is promised of all methods is tried with each, and of
+/// one with an exception it is tried that it refuses, with that reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Property {
+    /// Its change can be written into the base's weights.
+    Merge,
+}
+
+/// The layer of a method that acts on no linear map: there is none.
+#[derive(Debug, Clone, Copy)]
+pub enum NoLayer {}
+
+impl Adapter for NoLayer {
+    fn parameters(&self) -> ParameterMap {
+        match *self {}
     }
 }
 

@@ -10,13 +10,15 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 
-use crate::adapter::{Adapter, Evidence, Init, Site, Source};
+use crate::adapter::{Adapter, Evidence, Init, Reach, Site, Source};
 pub use crate::base::BaseCheck;
 use crate::config::{AdapterConfig, BiasMode, TokenIndices};
 use crate::module::{Host, ModuleMut, TokenRows};
 use crate::parameter::ParameterMap;
 use crate::parametrisation::full::FullLayer;
-use crate::target::{Candidate, Placed, Placement, near_misses};
+use crate::prompt::{self, Prompter};
+use crate::random::normal;
+use crate::target::{Candidate, Kind, Placed, Placement, TargetSpec, near_misses};
 use crate::{Error, Result};
 
 /// A dense tensor of a module that is trained on purpose.
@@ -41,6 +43,8 @@ pub struct Attached {
     pub dense: Vec<DenseEntry>,
     /// Trained token rows by embedding path.
     pub rows: Vec<(String, TokenRows)>,
+    /// What stands before the sequences.
+    pub prompt: Option<Arc<dyn Prompter>>,
     /// Sites and pattern counts.
     pub placement: Placement,
     /// All parameters in model order.
@@ -93,14 +97,14 @@ fn survey(host: &mut dyn Host) -> Result<Survey> {
             ModuleMut::Linear(linear) => {
                 survey.widths.insert(path.clone(), (linear.base().d_out(), linear.base().d_in()));
                 let head = heads.iter().any(|h| path == *h || path.starts_with(&format!("{h}.")));
-                survey.candidates.push(Candidate { path, linear: true, head });
+                survey.candidates.push(Candidate { path, kind: Kind::Linear, head });
             }
             ModuleMut::Embedding(embedding) => {
                 survey.widths.insert(path.clone(), (embedding.base().d_in(), embedding.base().d_out()));
                 survey.embeddings.push(path.clone());
-                survey.candidates.push(Candidate { path, linear: false, head: false });
+                survey.candidates.push(Candidate { path, kind: Kind::Embedding, head: false });
             }
-            ModuleMut::Norm(_) => {}
+            ModuleMut::Norm(_) => survey.candidates.push(Candidate { path, kind: Kind::Norm, head: false }),
         }
         Ok(())
     })?;
@@ -117,7 +121,16 @@ fn place(survey: &Survey, config: &AdapterConfig) -> Result<Placement> {
     if let Some((key, what, _)) = patterns.iter().find(|(.., idle)| *idle) {
         return Err(Error::config(*key, format!("the method {} has no {what} to set", config.method.name())));
     }
-    let placement = config.targets.place(&survey.candidates, rank, alpha)?;
+    let reach = config.method.reach();
+    let within: Vec<Candidate> = survey.candidates.iter().filter(|c| c.is_within(reach)).cloned().collect();
+    let placement = match reach {
+        Reach::Sequence if config.targets == TargetSpec::of(reach) => Placement::default(),
+        Reach::Sequence => {
+            let reason = format!("{} acts on no module, so there is none to choose", config.method.name());
+            return Err(Error::config("target_modules", reason));
+        }
+        _ => config.targets.place(&within, rank, alpha)?,
+    };
     config.method.check_sites(&placement.sites.iter().map(|s| s.path.as_str()).collect::<Vec<_>>())?;
     Ok(placement)
 }
@@ -183,7 +196,7 @@ pub fn attach_from_data(
     attach(host, config, Origin::Started { seed, starts }, dtype, device)
 }
 
-/// The candidates of a model: its linear maps and embeddings, in order.
+/// The candidates of a model: its linear maps, embeddings and norms, in order.
 ///
 /// # Errors
 /// If the walk fails.
@@ -259,6 +272,7 @@ pub fn attach_part(
 ) -> Result<Attached> {
     let survey = survey(host)?;
     let mut placement = place(&survey, config)?;
+    let reach = config.method.reach();
     let placed: BTreeMap<&str, _> = placement.sites.iter().map(|s| (s.path.as_str(), s)).collect();
     let rows_wanted = token_rows(config, &survey.embeddings)?;
     let (mut tensors, file, seed) = match origin {
@@ -287,7 +301,8 @@ pub fn attach_part(
     host.walk(&mut |module| {
         let path = module.path().to_owned();
         init.path.clone_from(&path);
-        let whole = build.saved_whole(&path);
+        let sited = placed.contains_key(path.as_str());
+        let whole = build.saved_whole(&path) || (sited && reach == Reach::Whole);
         let head = survey.tied.as_ref().filter(|(t, _)| *t == path).map(|(_, head)| head.as_str());
         let head = head.filter(|head| build.saved_whole(head));
         if !wanted(&path) {
@@ -306,7 +321,7 @@ pub fn attach_part(
                     build.layer(&path, layer);
                 }
                 if let Some(bias) = linear.bias()
-                    && (whole || build.bias_wanted(placed.contains_key(path.as_str())))
+                    && (whole || build.bias_wanted(sited))
                 {
                     build.dense(&mut init, &path, "bias", bias.frozen())?;
                 }
@@ -326,6 +341,8 @@ pub fn attach_part(
                 let whole = whole || (head.is_some() && config.tie_weights);
                 if whole {
                     build.dense(&mut init, &path, "weight", table)?;
+                } else if let (Reach::Rows { tokens, copied }, true) = (reach, sited) {
+                    build.token_rows(&mut init, &path, ("token_indices", tokens, copied), table)?;
                 } else if let Some(site) = placed.get(path.as_str()) {
                     let site = Site::of(site, embedding.base(), true, device);
                     let layer = config.method.attach(&site, &mut init)?;
@@ -346,7 +363,13 @@ pub fn attach_part(
                             "rows of a table whose output head is trained whole; train the table whole as well",
                         ));
                     }
-                    build.token_rows(&mut init, &path, ids, table)?;
+                    if sited && matches!(reach, Reach::Rows { .. }) {
+                        return Err(Error::config(
+                            "trainable_tokens",
+                            format!("rows of {path} are trained by the method itself; list them there"),
+                        ));
+                    }
+                    build.token_rows(&mut init, &path, ("trainable_tokens", ids, true), table)?;
                 }
             }
         }
@@ -363,11 +386,14 @@ pub fn attach_part(
         });
     }
     let Builder { layers, dense, rows, mut parameters, whole, made, .. } = build;
+    let mut config = config.clone();
+    let prompt = prompt::make(host, &mut config, &mut init)?;
     parameters.extend(init.shared_parameters());
     placement.sites.retain(|site| !whole.contains(&site.path));
     if let Some(path) = file {
         // What all sites share belongs to a part without sites as well.
-        let unused: Vec<String> = tensors.keys().filter(|name| name.contains('.') || made > 0).cloned().collect();
+        let taken = made > 0 || prompt.is_some();
+        let unused: Vec<String> = tensors.keys().filter(|name| name.contains('.') || taken).cloned().collect();
         if !(missing.is_empty() && unused.is_empty()) {
             return Err(Error::Unpaired { path: path.to_owned(), missing, unused });
         }
@@ -377,7 +403,7 @@ pub fn attach_part(
         return Err(Error::unsupported(name, "a start was made from data, but no layer takes it"));
     }
     let base = BaseCheck::Same;
-    Ok(Attached { config: config.clone(), layers, dense, rows, placement, parameters, base })
+    Ok(Attached { config, layers, prompt, dense, rows, placement, parameters, base })
 }
 
 struct Builder<'a> {
@@ -432,19 +458,27 @@ impl Builder<'_> {
         self.dense.push(DenseEntry { path: path.to_owned(), part, tensor });
     }
 
-    fn token_rows(&mut self, init: &mut Init<'_>, path: &str, ids: &[u32], table: &Tensor) -> Result<()> {
-        let tokens = table.dim(0)?;
+    fn token_rows(
+        &mut self,
+        init: &mut Init<'_>,
+        path: &str,
+        (key, ids, copied): (&str, &[u32], bool),
+        table: &Tensor,
+    ) -> Result<()> {
+        let (tokens, width) = table.dims2()?;
         if let Some(id) = ids.iter().find(|id| **id as usize >= tokens) {
-            return Err(Error::config(
-                "trainable_tokens",
-                format!("token {id} is outside {path}, which has {tokens} rows"),
-            ));
+            return Err(Error::config(key, format!("token {id} is outside {path}, which has {tokens} rows")));
         }
         if ids.iter().collect::<BTreeSet<_>>().len() != ids.len() || ids.is_empty() {
-            return Err(Error::config("trainable_tokens", "the ids must be distinct, and at least one"));
+            return Err(Error::config(key, "the ids must be distinct, and at least one"));
         }
         let start = || Ok(table.index_select(&Tensor::new(ids, table.device())?, 0)?);
-        let values = init.copy_with("trainable_tokens_delta", (ids.len(), table.dim(1)?), start)?;
+        let values = match copied {
+            true => init.copy_with("trainable_tokens_delta", (ids.len(), width), start)?,
+            false => init.trainable("trainable_tokens_delta", (ids.len(), width), |rng, shape, device| {
+                normal(rng, 1.0, shape.dims(), device)
+            })?,
+        };
         self.parameters.push(format!("{path}.trainable_tokens_delta"), &values, true);
         self.rows.push((path.to_owned(), TokenRows { indices: ids.to_vec(), values }));
         Ok(())

@@ -73,8 +73,8 @@ impl AdapterConfig {
     /// `method` on its default targets, nothing else trained.
     pub fn new(method: MethodConfig) -> Self {
         Self {
+            targets: TargetSpec::of(method.reach()),
             method,
-            targets: TargetSpec::default(),
             bias: BiasMode::None,
             modules_to_save: Vec::new(),
             trainable_tokens: None,

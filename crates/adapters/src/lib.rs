@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod attach;
+pub mod auxiliary;
 mod base;
 pub mod by_row;
 pub mod combine;
@@ -16,6 +17,7 @@ pub mod config;
 mod cut;
 pub mod decomposition;
 mod embedding;
+mod encoder;
 pub mod error;
 pub mod flow;
 pub mod formats;
@@ -27,6 +29,7 @@ mod output_dropout;
 pub mod parameter;
 pub mod parametrisation;
 pub mod projected;
+pub mod prompt;
 pub mod random;
 mod rotation;
 pub mod set;

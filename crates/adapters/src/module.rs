@@ -13,6 +13,7 @@ pub use crate::embedding::{Embedding, TokenRows};
 pub use crate::formats::gguf_adapter::GgufName;
 use crate::low_rank::Gain;
 use crate::projected::Projected;
+use crate::prompt::PromptSlot;
 use crate::{Error, Flow, Result};
 
 /// A small dense tensor (norm gain, bias) that stays frozen unless it is trained on purpose.
@@ -345,6 +346,11 @@ pub trait Host {
 
     /// Path of the token table that is the output head as well, in a model that ties the two.
     fn tied_table(&self) -> Option<String> {
+        None
+    }
+
+    /// The model's place for what stands before its sequences, where it has one.
+    fn prompt_slot(&mut self) -> Option<&mut PromptSlot> {
         None
     }
 

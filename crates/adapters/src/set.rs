@@ -11,6 +11,7 @@ use crate::attach::{Attached, merged_weight};
 use crate::by_row::ByRow;
 use crate::combine::WeightedSum;
 use crate::module::{Host, ModuleMut};
+use crate::prompt::NO_WEIGHT;
 use crate::written::no_weight;
 use crate::{Error, Result};
 
@@ -99,7 +100,17 @@ impl AdapterSet {
     pub fn activate(&mut self, host: &mut dyn Host, wanted: &[(&str, f64)]) -> Result<()> {
         let chosen = wanted.iter().map(|(n, w)| Ok((self.get(n)?, *w))).collect::<Result<Vec<_>>>()?;
         let mut seen = BTreeSet::new();
+        let prompts = chosen.iter().filter(|(a, _)| a.prompt.is_some()).count();
         for (adapter, weight) in &chosen {
+            if adapter.prompt.is_some() && (*weight != 1.0 || prompts > 1) {
+                return Err(Error::unsupported(
+                    format!(
+                        "combining adapters that put something before the sequences ({})",
+                        adapter.config.method.name()
+                    ),
+                    "it is no change that can be weighed or added up; activate one of them, at weight 1",
+                ));
+            }
             let dense = adapter.dense.iter().map(|d| format!("{}.{}", d.path, d.part));
             let rows = adapter.rows.iter().map(|(path, _)| format!("{path} (rows)"));
             for name in dense.chain(rows) {
@@ -146,6 +157,10 @@ impl AdapterSet {
             }
             Ok(())
         })?;
+        let prompt = chosen.iter().find_map(|(a, _)| a.prompt.clone());
+        if let Some(slot) = host.prompt_slot() {
+            slot.set(prompt);
+        }
         self.active = wanted.iter().map(|(n, w)| ((*n).to_owned(), *w)).collect();
         Ok(())
     }
@@ -174,6 +189,12 @@ impl AdapterSet {
         })?;
         for (name, adapter) in wanted.iter().zip(&chosen) {
             let Some(adapter) = adapter else { continue };
+            if adapter.prompt.is_some() {
+                return Err(Error::unsupported(
+                    format!("adapter {} beside others in one batch", name.unwrap_or_default()),
+                    "it puts something before the sequences; activate it alone",
+                ));
+            }
             let whole = adapter.dense.iter().map(|d| d.path.clone()).chain(adapter.rows.iter().map(|(p, _)| p.clone()));
             let other = adapter.layers.keys().filter(|path| !found.contains(*path)).cloned();
             for (path, layer) in adapter.layers.iter().filter(|(path, _)| biased.contains(*path)) {
@@ -209,6 +230,9 @@ impl AdapterSet {
     /// # Errors
     /// If a change depends on the input and so is no weight.
     pub fn merge(&mut self, host: &mut dyn Host, dtype: DType) -> Result<Merged> {
+        if host.prompt_slot().is_some_and(|slot| slot.get().is_some()) {
+            return Err(Error::unsupported("merging what stands before the sequences", NO_WEIGHT));
+        }
         let mut merged = Merged::default();
         let tied = host.tied_table();
         host.walk(&mut |module| {

@@ -9,13 +9,14 @@ use std::collections::BTreeMap;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::Reach;
 use crate::{Error, Result};
 
 /// A list of path endings, or one regular expression.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Pattern {
-    /// A regular expression on the whole path, or `all-linear`.
+    /// A regular expression on the whole path, or one of [`KEYWORDS`].
     Expression(String),
     /// Path endings.
     Endings(Vec<String>),
@@ -26,6 +27,20 @@ type PathFilter = Box<dyn Fn(&str) -> bool>;
 
 /// Every linear map except the output head.
 pub const ALL_LINEAR: &str = "all-linear";
+/// Every norm.
+pub const ALL_NORMS: &str = "all-norms";
+/// The table of the input's tokens.
+pub const INPUT_EMBEDDING: &str = "input-embedding";
+
+/// Words that stand for modules of any model.
+pub const KEYWORDS: [&str; 3] = [ALL_LINEAR, ALL_NORMS, INPUT_EMBEDDING];
+
+impl Pattern {
+    /// Whether it is a word for modules of any model.
+    pub fn is_keyword(&self) -> bool {
+        matches!(self, Self::Expression(text) if KEYWORDS.contains(&text.as_str()))
+    }
+}
 
 impl Default for Pattern {
     fn default() -> Self {
@@ -85,15 +100,38 @@ pub struct TargetSpec {
     pub alpha_pattern: BTreeMap<String, f64>,
 }
 
+/// What a module is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A linear map.
+    Linear,
+    /// A table of vectors; the first one is of the input's tokens.
+    Embedding,
+    /// A normalisation.
+    Norm,
+}
+
 /// A module that may be adapted.
 #[derive(Debug, Clone)]
 pub struct Candidate {
     /// Module path.
     pub path: String,
-    /// Whether it is a linear map (else an embedding).
-    pub linear: bool,
+    /// What it is.
+    pub kind: Kind,
     /// Whether it is part of the output head.
     pub head: bool,
+}
+
+impl Candidate {
+    /// Whether a method of this reach can act on it.
+    pub fn is_within(&self, reach: Reach<'_>) -> bool {
+        match reach {
+            Reach::Maps => self.kind != Kind::Norm,
+            Reach::Whole => true,
+            Reach::Rows { .. } => self.kind == Kind::Embedding,
+            Reach::Sequence => false,
+        }
+    }
 }
 
 /// A module that is adapted, with its rank and alpha.
@@ -140,6 +178,16 @@ pub fn near_misses(pattern: &str, paths: impl Iterator<Item = String>) -> Vec<St
 }
 
 impl TargetSpec {
+    /// Where a method sits unless it is told otherwise.
+    pub fn of(reach: Reach<'_>) -> Self {
+        let word = match reach {
+            Reach::Maps | Reach::Sequence => ALL_LINEAR,
+            Reach::Whole => ALL_NORMS,
+            Reach::Rows { .. } => INPUT_EMBEDDING,
+        };
+        Self { target_modules: Pattern::Expression(word.into()), ..Self::default() }
+    }
+
     /// Chooses the sites among `candidates`; `rank` and `alpha` hold where no pattern does.
     ///
     /// # Errors
@@ -161,15 +209,22 @@ impl TargetSpec {
         // A pattern whose every module is excluded on purpose has matched; one that names nothing has not.
         let mut seen = vec![false; matched.len()];
         let expression = match &self.target_modules {
-            Pattern::Expression(text) if text != ALL_LINEAR => Some(full("target_modules", text)?),
+            Pattern::Expression(text) if !self.target_modules.is_keyword() => Some(full("target_modules", text)?),
             _ => None,
+        };
+        let input = candidates.iter().find(|c| c.kind == Kind::Embedding).map(|c| c.path.as_str());
+        let named = |word: &str, candidate: &Candidate| match word {
+            ALL_NORMS => candidate.kind == Kind::Norm,
+            INPUT_EMBEDDING => input == Some(candidate.path.as_str()),
+            _ => candidate.kind == Kind::Linear && !candidate.head,
         };
         for candidate in candidates {
             let hits: Vec<usize> = match &self.target_modules {
-                Pattern::Expression(_) => match &expression {
-                    Some(re) => re.is_match(&candidate.path).then_some(0).into_iter().collect(),
-                    None => (candidate.linear && !candidate.head).then_some(0).into_iter().collect(),
-                },
+                Pattern::Expression(word) => {
+                    let hit =
+                        expression.as_ref().map_or_else(|| named(word, candidate), |re| re.is_match(&candidate.path));
+                    hit.then_some(0).into_iter().collect()
+                }
                 Pattern::Endings(names) => {
                     (0..names.len()).filter(|i| ends_with(&candidate.path, &names[*i])).collect()
                 }

@@ -5,22 +5,26 @@ mod common;
 
 use candle_core::{DType, Device};
 use common::Toy;
+use espalier_adapters::adapter::Reach;
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::formats::peft_config;
 use espalier_adapters::initialisation::{INITIALISATIONS, Initialisation};
 use espalier_adapters::parametrisation::METHODS;
-use espalier_adapters::target::{Candidate, Layers, Names, Pattern, Placement, TargetSpec};
+use espalier_adapters::parametrisation::trainable_tokens::TrainableTokens;
+use espalier_adapters::target::{
+    ALL_NORMS, Candidate, INPUT_EMBEDDING, Kind, Layers, Names, Pattern, Placement, TargetSpec,
+};
 use espalier_adapters::{AdapterConfig, MethodConfig, Result};
 use serde_json::json;
 
 fn candidates() -> Vec<Candidate> {
-    let mut list = vec![Candidate { path: "model.embed_tokens".into(), linear: false, head: false }];
+    let mut list = vec![Candidate { path: "model.embed_tokens".into(), kind: Kind::Embedding, head: false }];
     for layer in [0, 1, 2, 10] {
         for name in ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.experts.1.up_proj"] {
-            list.push(Candidate { path: format!("model.layers.{layer}.{name}"), linear: true, head: false });
+            list.push(Candidate { path: format!("model.layers.{layer}.{name}"), kind: Kind::Linear, head: false });
         }
     }
-    list.push(Candidate { path: "lm_head".into(), linear: true, head: true });
+    list.push(Candidate { path: "lm_head".into(), kind: Kind::Linear, head: true });
     list
 }
 
@@ -128,7 +132,7 @@ fn layers_are_counted_by_the_first_number_of_the_path() {
     assert!(error(&layers(Layers::One(0), Some(Names::One("h".into())))).contains("leave no module"));
     assert!(error(&layers(Layers::One(0), Some(Names::One("(h".into())))).contains("layers_pattern"));
     // A list directly below the root has no dot before it.
-    let bare = [Candidate { path: "layers.1.up_proj".into(), linear: true, head: false }];
+    let bare = [Candidate { path: "layers.1.up_proj".into(), kind: Kind::Linear, head: false }];
     let spec = layers(Layers::One(1), Some(Names::One("layers".into())));
     assert_eq!(spec.place(&bare, 1, 1.0).unwrap().sites.len(), 1);
     // A module listed by its whole path is meant whatever its layer.
@@ -225,7 +229,8 @@ fn token_rows_outside_the_table_or_twice_are_refused() {
 
 #[test]
 fn methods_that_need_a_product_refuse_a_table() {
-    for name in METHODS.iter().filter(|n| **n != "lora") {
+    let by_layers = |name: &&&str| MethodConfig::by_name(name).unwrap().reach() == Reach::Maps;
+    for name in METHODS.iter().filter(|n| **n != "lora").filter(by_layers) {
         let config = AdapterConfig {
             targets: on(endings(&["embed_tokens"])),
             ..AdapterConfig::new(MethodConfig::by_name(name).unwrap())
@@ -263,4 +268,43 @@ fn unknown_names_come_with_the_nearest_known_one() {
     let message =
         peft_config::from_json(json!({"peft_type": "POLY", "target_modules": ["q_proj"]})).unwrap_err().to_string();
     assert!(message.contains("POLY") && message.contains("lora"), "{message}");
+}
+
+#[test]
+fn words_for_norms_and_the_token_table_name_those_and_nothing_else() {
+    let mut all = candidates();
+    all.push(Candidate { path: "model.embed_positions".into(), kind: Kind::Embedding, head: false });
+    for path in ["model.layers.0.input_layernorm", "model.norm"] {
+        all.push(Candidate { path: path.into(), kind: Kind::Norm, head: false });
+    }
+    let of = |word: &str| {
+        let placed = on(expression(word)).place(&all, 0, 0.0).unwrap();
+        placed.sites.into_iter().map(|s| s.path).collect::<Vec<_>>()
+    };
+    assert_eq!(of(ALL_NORMS), ["model.layers.0.input_layernorm", "model.norm"]);
+    assert_eq!(of(INPUT_EMBEDDING), ["model.embed_tokens"]);
+    let narrowed = TargetSpec { layers_to_transform: Some(Layers::One(0)), ..on(expression(ALL_NORMS)) };
+    assert_eq!(narrowed.place(&all, 0, 0.0).unwrap().sites.len(), 1);
+    assert!(on(expression(ALL_NORMS)).place(&candidates(), 0, 0.0).is_err(), "a model without norms");
+}
+
+#[test]
+fn rows_are_of_the_named_table_and_asked_for_once() {
+    let rows = |ids: Vec<u32>| {
+        AdapterConfig::new(MethodConfig::TrainableTokens(TrainableTokens { token_indices: ids, init_weights: true }))
+    };
+    let made = |config: &AdapterConfig| {
+        attach(&mut Toy::new(DType::F32), config, Origin::Seed(0), DType::F32, &Device::Cpu).map_err(|e| e.to_string())
+    };
+    for (ids, wanted) in [(vec![11], "token 11"), (vec![1, 2, 1], "distinct"), (vec![], "at least one")] {
+        let failed = made(&rows(ids)).unwrap_err();
+        assert!(failed.contains(wanted) && failed.contains("token_indices"), "{failed}");
+    }
+    let on_a_map = AdapterConfig { targets: on(endings(&["up_proj"])), ..rows(vec![1]) };
+    assert!(made(&on_a_map).unwrap_err().contains("up_proj"));
+    let twice = espalier_adapters::config::TokenIndices::Input(vec![2]);
+    let twice = AdapterConfig { trainable_tokens: Some(twice), ..rows(vec![1]) };
+    assert!(made(&twice).unwrap_err().contains("by the method itself"));
+    let ranked = TargetSpec { rank_pattern: [("embed_tokens".to_owned(), 2)].into(), ..rows(vec![1]).targets };
+    assert!(made(&AdapterConfig { targets: ranked, ..rows(vec![1]) }).unwrap_err().contains("no rank"));
 }

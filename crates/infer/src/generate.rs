@@ -14,7 +14,7 @@ use espalier_models::input::PADDING;
 use espalier_models::{Decoder, KvCache, Model, TokenBatch};
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{max_length, table_follows_length};
+use crate::limits::{longest, table_follows_length};
 use crate::sampler::SamplingConfig;
 use crate::sequence::{Completion, Sequence};
 use crate::{Error, Result};
@@ -161,14 +161,14 @@ pub fn generate(
         let found = format!("{} for {} prompts", options.adapters.len(), prompts.len());
         return Err(Error::option("adapters", found, "one for each prompt, or none"));
     }
-    let longest = max_length(model.config());
+    let longest = longest(model);
     let mut sequences = prompts
         .iter()
         .enumerate()
         .map(|(index, prompt)| Sequence::new(index, begun(model, index, prompt)?, longest, codec, options))
         .collect::<Result<Vec<_>>>()?;
     let mut stats = Stats::default();
-    let together = sequences.iter().map(Sequence::longest).max().unwrap_or(0);
+    let together = sequences.iter().map(Sequence::longest).max().unwrap_or(0) + model.virtual_tokens();
     let size = if table_follows_length(model.config(), together) { 1 } else { options.batch_size };
     for batch in sequences.chunks_mut(size) {
         run(model, batch, &options.adapters, &mut stats, on_event)?;

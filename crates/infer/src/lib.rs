@@ -17,6 +17,6 @@ mod stop;
 pub use chat::{ChatSession, Reply};
 pub use error::{Error, Result};
 pub use generate::{Event, GenerateOptions, Generated, Stats, end_ids, generate, prompt_ids};
-pub use limits::max_length;
+pub use limits::{longest, max_length};
 pub use sampler::{Sampler, SamplingConfig};
 pub use sequence::{Completion, Finish};

@@ -1,8 +1,8 @@
 //! How long a sequence may become, and whether lengths of other sequences in a batch would change its rotary table.
 
-use espalier_models::ModelConfig;
 use espalier_models::config::Positions;
 use espalier_models::config::rope::RopeScaling;
+use espalier_models::{Model, ModelConfig};
 
 /// Most tokens that a sequence of the model may have, prompt and answer together: `max_position_embeddings`, stretched
 /// by the factor of dynamic and yarn scaling, which are made to go beyond it.
@@ -16,6 +16,11 @@ pub fn max_length(config: &ModelConfig) -> usize {
         },
         Positions::Learned { .. } => config.max_positions,
     }
+}
+
+/// Most tokens that a sequence of the model may have as it is now: what stands before the sequences takes a part of the positions.
+pub fn longest(model: &Model) -> usize {
+    max_length(model.config()).saturating_sub(model.virtual_tokens())
 }
 
 /// Whether a batch whose longest sequence has `length` tokens must run one sequence at a time, because the rotary table

@@ -83,6 +83,10 @@ impl Attention {
             q = rope(&q, cos, sin)?;
             k = rope(&k, cos, sin)?;
         }
+        let (k, v) = match &context.standing {
+            Some(standing) => (standing.put(&k, self.layer, 0)?, standing.put(&v, self.layer, 1)?),
+            None => (k, v),
+        };
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k, v),
@@ -101,7 +105,7 @@ impl Attention {
         context: &Context,
         flow: &Flow,
     ) -> Result<Option<(Arc<AttentionPart>, Option<FlatParameters>)>> {
-        if self.q_norm.is_some() || self.k_norm.is_some() {
+        if self.q_norm.is_some() || self.k_norm.is_some() || context.standing.is_some() {
             return Ok(None);
         }
         let Some(fused) = Fused::of(x, norm, &self.qkv, &self.o, flow)? else { return Ok(None) };

@@ -69,6 +69,8 @@ pub struct KvCache {
     segments: Vec<Vec<u32>>,
     padded: bool,
     length: usize,
+    /// Virtual tokens before each sequence, which later positions count.
+    pub(crate) virtual_tokens: usize,
 }
 
 impl KvCache {
@@ -79,6 +81,7 @@ impl KvCache {
             segments: Vec::new(),
             padded: false,
             length: 0,
+            virtual_tokens: 0,
         }
     }
 

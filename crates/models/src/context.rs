@@ -9,6 +9,7 @@ use espalier_kernels::attention::{AttentionSpec, Segments};
 use crate::Result;
 use crate::config::{ModelConfig, Positions, RopeSpec};
 use crate::input::TokenBatch;
+use crate::laid::KeysValues;
 
 /// Shared inputs of the blocks.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Context {
     specs: BTreeMap<Option<usize>, AttentionSpec>,
     windows: Vec<Option<usize>>,
     full: AttentionSpec,
+    /// Keys and values that stand before the sequences.
+    pub(crate) standing: Option<KeysValues>,
 }
 
 impl Context {
@@ -40,7 +43,7 @@ impl Context {
             segments,
         };
         let specs = config.windows.iter().map(|w| (*w, AttentionSpec { window: *w, ..full.clone() })).collect();
-        Ok(Self { rotary, specs, windows: config.windows.clone(), full })
+        Ok(Self { rotary, specs, windows: config.windows.clone(), full, standing: None })
     }
 
     pub(crate) fn attention(&self, layer: usize) -> &AttentionSpec {

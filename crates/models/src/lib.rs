@@ -20,6 +20,7 @@ mod head;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod input;
+mod laid;
 mod load;
 pub mod seedling;
 pub mod source;
@@ -34,6 +35,7 @@ pub use context::Context;
 pub use error::{Error, Result};
 pub use espalier_kernels::decode::Decoder;
 pub use input::TokenBatch;
+pub use laid::Begun;
 pub use load::Provenance;
 pub use source::{LoadOptions, Quantization};
 pub use streamed::{Stage, Streamed};

@@ -2,10 +2,13 @@
 //! [`ModelConfig`]. It runs whole ([`Model::forward`]) or block by block, which is how training keeps only what it needs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::module::{GgufName, Norm};
+use espalier_adapters::prompt::{Prompt, PromptShape, PromptSlot};
 use espalier_adapters::{Embedding, Flow, Host, ModuleMut};
+use espalier_kernels::attention::Segments;
 use espalier_kernels::cross_entropy::{cross_entropy, linear_cross_entropy};
 
 use crate::block::{Block, BlockPass};
@@ -15,6 +18,7 @@ use crate::config::{HeadSpec, ModelConfig, Positions};
 use crate::context::{Context, RotaryTables};
 use crate::head::Head;
 use crate::input::TokenBatch;
+use crate::laid::{Begun, Laid};
 use crate::load::Provenance;
 use crate::source::gguf_names::gguf_name;
 use crate::source::{LoadOptions, WeightSource};
@@ -34,6 +38,7 @@ pub struct Model {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     pub(crate) tables: RotaryTables,
+    pub(crate) prompt: PromptSlot,
     pub(crate) provenance: Provenance,
 }
 
@@ -71,6 +76,14 @@ impl Model {
             };
         }
         let device = options.device.clone();
+        let prompt = PromptSlot::new(PromptShape {
+            width: config.hidden,
+            blocks: config.layers,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_width: config.head_dim,
+            causal: config.causal,
+        });
         Ok(Self {
             config,
             embed,
@@ -83,6 +96,7 @@ impl Model {
             device,
             dtype: options.dtype,
             tables: RotaryTables::default(),
+            prompt,
             provenance,
         })
     }
@@ -128,21 +142,21 @@ impl Model {
         KvCache::new(self.blocks.len())
     }
 
-    /// What the blocks share in one pass over `input`.
+    /// What the blocks share in one pass over `input`, before whose sequences nothing stands.
     ///
     /// # Errors
     /// If the input does not fit the model.
     pub fn context(&self, input: &TokenBatch) -> Result<Context> {
         input.check()?;
-        Context::new(&self.config, input, input.own_segments(), (self.dtype, &self.device), &self.tables)
+        self.context_over(input, input.own_segments())
     }
 
-    /// Vectors of the input's tokens [b, t, hidden].
-    ///
-    /// # Errors
-    /// If an id or a position is outside its table.
-    pub fn embed(&self, input: &TokenBatch) -> Result<Tensor> {
-        input.check()?;
+    pub(crate) fn context_over(&self, input: &TokenBatch, segments: Option<Arc<Segments>>) -> Result<Context> {
+        Context::new(&self.config, input, segments, (self.dtype, &self.device), &self.tables)
+    }
+
+    /// Vectors of the input's tokens, and of virtual ones where they are [b, t, hidden].
+    pub(crate) fn embed(&self, input: &TokenBatch, prompt: Option<(&Prompt, &Laid)>) -> Result<Tensor> {
         if let Some((i, id)) = input.ids.iter().enumerate().find(|(_, id)| **id as usize >= self.config.vocab) {
             return Err(Error::Input(format!(
                 "token id {id} (row {}, place {}) is outside the model's vocabulary of {}; the tokenizer is another model's",
@@ -157,6 +171,19 @@ impl Model {
             let scale = Tensor::new(scale, &self.device)?.to_dtype(x.dtype())?;
             x = x.broadcast_mul(&scale)?;
         }
+        // Virtual tokens are not scaled, as in the reference.
+        let input = match prompt {
+            None => input,
+            Some((Prompt::Tokens(tokens), laid)) => {
+                x = laid.lay(tokens, &x)?;
+                &laid.input
+            }
+            Some((Prompt::KeysValues(values), laid)) => {
+                let nothing = Tensor::zeros((values.dim(0)?, self.config.hidden), x.dtype(), &self.device)?;
+                x = laid.lay(&nothing, &x)?;
+                &laid.input
+            }
+        };
         if let (Some(table), Positions::Learned { rows, offset }) = (&self.position, &self.config.positions) {
             let longest = input.positions.iter().max().map_or(0, |p| *p as usize + 1);
             if longest + offset > *rows {
@@ -246,16 +273,20 @@ impl Model {
         }
     }
 
-    /// Finished vectors of all tokens [b, t, hidden].
+    /// Finished vectors of all tokens [b, t, hidden]; of a classifier, those of virtual tokens as well.
     ///
     /// # Errors
     /// If the input does not fit the model.
     pub fn hidden(&self, input: &TokenBatch, flow: &Flow) -> Result<Tensor> {
-        let context = self.context(input)?;
-        let mut x = self.embed(input)?;
+        let begun = self.begin(input, flow)?;
+        let mut x = begun.x.clone();
         for i in 0..self.blocks.len() {
-            x = self.block(i, &x, &context, flow, None)?;
+            x = self.block(i, &x, &begun.context, flow, None)?;
         }
+        let x = match &begun.laid {
+            Some(laid) if begun.read_before == 0 => laid.own(&x)?,
+            _ => x,
+        };
         self.finish(&x)
     }
 
@@ -293,13 +324,12 @@ impl Model {
                 self.config.family
             )));
         }
-        let segments = cache.advance(input)?;
-        let context = Context::new(&self.config, input, segments, (self.dtype, &self.device), &self.tables)?;
-        let mut x = self.embed(input)?;
+        let (begun, length) = self.go_on(input, cache, flow)?;
+        let Begun { mut x, context, .. } = begun;
         for i in 0..self.blocks.len() {
             x = self.block(i, &x, &context, flow, Some(&mut cache.layers[i]))?.detach();
         }
-        let last = x.narrow(1, input.length - 1, 1)?.squeeze(1)?.contiguous()?;
+        let last = x.narrow(1, length - 1, 1)?.squeeze(1)?.contiguous()?;
         self.scores(&self.finish(&last)?, flow)
     }
 }
@@ -331,6 +361,10 @@ impl Host for Model {
 
     fn tied_table(&self) -> Option<String> {
         matches!(self.head, Head::Tied).then(|| self.embed.path().to_owned())
+    }
+
+    fn prompt_slot(&mut self) -> Option<&mut PromptSlot> {
+        Some(&mut self.prompt)
     }
 
     fn gguf_name(&self, path: &str) -> Option<GgufName> {

@@ -95,12 +95,12 @@ impl Pass {
         let mut all = vec![Vec::new(); model.blocks() + 1];
         for (batch, targets) in &self.batches {
             let input = tape::token_batch(model, batch, targets.separator)?;
-            let context = model.context(&input)?;
-            let mut x = model.embed(&input)?.detach();
+            let begun = model.begin(&input, &Flow::eval())?;
+            let mut x = begun.x.detach();
             for (i, inputs) in all.iter_mut().enumerate() {
                 inputs.push(x.clone());
                 if i < model.blocks() {
-                    x = model.block(i, &x, &context, &Flow::eval(), None)?.detach();
+                    x = model.block(i, &x, &begun.context, &Flow::eval(), None)?.detach();
                 }
             }
         }

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, TensorId};
-use espalier_adapters::ParameterMap;
+use espalier_adapters::attach::Attached;
 use espalier_adapters::projected::FlatParameters;
+use espalier_adapters::{ParameterMap, auxiliary};
 
 use crate::Result;
 
@@ -69,6 +70,19 @@ impl Gradients {
         }
         debug_assert_eq!(self.order.len(), self.tensors.len());
         Ok(leaf.and_then(|leaf| grads.remove(leaf)).map(|g| g.detach()))
+    }
+
+    /// Adds the gradients of what the adapter's layers ask of their parameters, each at its weight; the means by name, without it.
+    ///
+    /// # Errors
+    /// If terms of one name have different weights.
+    pub fn add_penalties(&mut self, adapter: &Attached) -> Result<Vec<(&'static str, f64)>> {
+        let mut found = Vec::new();
+        for mean in auxiliary::penalties(adapter)? {
+            self.add(&mean.weighed()?, None)?;
+            found.push((mean.name, mean.number()?));
+        }
+        Ok(found)
     }
 
     /// Adds the gradient of a fused operation's parameters: to a trained tensor itself, over the tape to what it was made of.

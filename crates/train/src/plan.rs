@@ -103,6 +103,8 @@ impl Run {
         let mut dense: Vec<String> = attached.dense.iter().map(|d| format!("{}.{}", d.path, d.part)).collect();
         dense
             .extend(attached.rows.iter().map(|(path, rows)| format!("{path} (rows of {} tokens)", rows.indices.len())));
+        let virtual_tokens = attached.prompt.as_ref().map(|prompt| prompt.virtual_tokens());
+        dense.extend(virtual_tokens.map(|n| format!("{n} virtual tokens before each sequence")));
         let method = attached.config.method.name().to_owned();
         let (base, path) = ((attached.base, &attached.config), self.model.provenance().path());
         let base_note = crate::setup::base_note(base, self.model.config(), path, &self.recipe.model);

@@ -207,23 +207,36 @@ fn data_options(recipe: &Recipe) -> DataOptions {
     }
 }
 
-/// Longest row a run may use.
-pub fn max_length(recipe: &Recipe, config: &ModelConfig) -> usize {
+/// How many tokens the recipe's adapter puts before each sequence: known before it is made, for it may start from the data.
+///
+/// # Errors
+/// If the adapter's settings are not valid.
+pub fn virtual_tokens(recipe: &Recipe) -> Result<usize> {
+    let config = match &recipe.init_adapter {
+        Some(path) => folder::read_config(Path::new(path))?,
+        None => recipe.adapter_config()?,
+    };
+    Ok(config.method.virtual_tokens())
+}
+
+/// Longest row a run may use; what stands before the sequences takes a part of the positions.
+pub fn max_length(recipe: &Recipe, config: &ModelConfig, virtual_tokens: usize) -> usize {
+    let most = config.max_positions.saturating_sub(virtual_tokens);
     match recipe.max_length {
-        0 => config.max_positions,
-        given => given.min(config.max_positions),
+        0 => most,
+        given => given.min(most),
     }
 }
 
-/// The codec with the recipe's way of encoding rows, and its chat template where it names one.
+/// The codec with the recipe's way of encoding rows before which stand `virtual_tokens`, and its chat template where it names one.
 ///
 /// # Errors
 /// If the chat template cannot be read.
-pub fn encoding(recipe: &Recipe, codec: TextCodec, config: &ModelConfig) -> Result<TextCodec> {
+pub fn encoding(recipe: &Recipe, codec: TextCodec, config: &ModelConfig, virtual_tokens: usize) -> Result<TextCodec> {
     let label_names = config.label_names();
     let codec = with_template(codec, recipe.chat_template.as_deref())?;
     Ok(codec.with_options(EncodeOptions {
-        max_length: Some(max_length(recipe, config)),
+        max_length: Some(max_length(recipe, config, virtual_tokens)),
         completion_only: recipe.completion_only,
         truncation: match recipe.truncation.as_str() {
             "left" => Truncation::Left,
@@ -267,7 +280,7 @@ fn stores(recipe: &Recipe, list: &DataList, codec: &TextCodec) -> Result<Stores>
 ///
 /// # Errors
 /// If there is none, a file cannot be read, or a row is bad and bad rows are not to be skipped.
-pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<Data> {
+pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig, virtual_tokens: usize) -> Result<Data> {
     if recipe.data.0.is_empty() {
         return Err(Error::recipe("data", "no training data given"));
     }
@@ -283,7 +296,7 @@ pub fn data(recipe: &Recipe, codec: &TextCodec, config: &ModelConfig) -> Result<
         shuffle: recipe.shuffle,
         seed: recipe.seed,
         packing: if recipe.packing { Packing::BestFit } else { Packing::Off },
-        max_length: Some(max_length(recipe, config)),
+        max_length: Some(max_length(recipe, config, virtual_tokens)),
         pad_id,
         ..BatchOptions::default()
     };

@@ -9,7 +9,7 @@ use espalier_adapters::{Flow, ParameterMap};
 use espalier_data::Batch;
 use espalier_kernels::part::Upstream;
 use espalier_kernels::rows::{put_rows, take_rows};
-use espalier_models::{BlockPass, Context, Model, TokenBatch};
+use espalier_models::{Begun, BlockPass, Model, TokenBatch};
 
 use crate::Result;
 pub use crate::gradients::Gradients;
@@ -58,6 +58,10 @@ pub enum Start {
 impl Start {
     /// The start for a model and those of the trainable parameters, by their place among them, that are `awake`.
     pub fn of(model: &Model, parameters: &ParameterMap, awake: impl Fn(usize) -> bool) -> Self {
+        // What stands before the sequences reaches the first block.
+        if model.virtual_tokens() > 0 {
+            return Self::Embeddings;
+        }
         let mut first = model.blocks();
         for (_, parameter) in parameters.trainable().enumerate().filter(|(i, _)| awake(*i)) {
             if model.is_before_blocks(&parameter.name) {
@@ -69,6 +73,12 @@ impl Start {
         }
         Self::Block(first)
     }
+}
+
+/// The targets where their scores are read once virtual tokens stand between.
+fn placed(targets: &Targets, begun: &Begun) -> Result<Targets> {
+    let places = targets.places.iter().map(|place| Ok(begun.place(*place)?)).collect::<Result<_>>()?;
+    Ok(Targets { places, ..targets.clone() })
 }
 
 /// The way back through one block.
@@ -112,15 +122,14 @@ impl Loss {
 /// One pass over a micro-batch, taken block by block.
 pub(crate) struct Pass<'a> {
     model: &'a Model,
-    context: Context,
+    begun: Begun,
     flow: &'a Flow,
     start: Start,
     checkpointing: bool,
-    embedded: Tensor,
 }
 
 impl<'a> Pass<'a> {
-    /// Begins with the vectors of the batch's tokens, off the tape.
+    /// Begins with the vectors of the batch's tokens, and of what stands before them, off the tape.
     pub(crate) fn new(
         model: &'a Model,
         (batch, targets): (&Batch, &Targets),
@@ -129,10 +138,9 @@ impl<'a> Pass<'a> {
         checkpointing: bool,
     ) -> Result<(Self, Tensor)> {
         let input = token_batch(model, batch, targets.separator)?;
-        let context = model.context(&input)?;
-        let embedded = model.embed(&input)?;
-        let x = embedded.detach();
-        Ok((Self { model, context, flow, start, checkpointing, embedded }, x))
+        let begun = model.begin(&input, flow)?;
+        let x = begun.x.detach();
+        Ok((Self { model, begun, flow, start, checkpointing }, x))
     }
 
     /// The first block that is recorded.
@@ -144,18 +152,19 @@ impl<'a> Pass<'a> {
     }
 
     fn record(&self, i: usize, x: &Tensor) -> Result<(Tensor, Record)> {
-        if let Some((y, pass)) = self.model.block_pass(i, x, &self.context, self.flow)? {
+        if let Some((y, pass)) = self.model.block_pass(i, x, &self.begun.context, self.flow)? {
             return Ok((y, Record::Pass(pass)));
         }
         let leaf = Var::from_tensor(x)?;
-        let y = self.model.block(i, leaf.as_tensor(), &self.context, self.flow, None)?;
+        let y = self.model.block(i, leaf.as_tensor(), &self.begun.context, self.flow, None)?;
         Ok((y.detach(), Record::Tape(leaf, y)))
     }
 
     /// The output of block `i` for `x`, and what is kept of it: nothing below the first recorded block.
     pub(crate) fn forward(&self, i: usize, x: Tensor) -> Result<(Tensor, Option<Kept>)> {
-        let pass_by =
-            |x: &Tensor| -> Result<Tensor> { Ok(self.model.block(i, x, &self.context, self.flow, None)?.detach()) };
+        let pass_by = |x: &Tensor| -> Result<Tensor> {
+            Ok(self.model.block(i, x, &self.begun.context, self.flow, None)?.detach())
+        };
         Ok(match (i < self.first(), self.checkpointing) {
             (true, _) => (pass_by(&x)?, None),
             (false, true) => (pass_by(&x)?, Some(Kept::Input(x))),
@@ -172,7 +181,7 @@ impl<'a> Pass<'a> {
         gradients: &mut Gradients,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let needs_blocks = self.first() < self.model.blocks() || self.start == Start::Embeddings;
-        head(self.model, x, targets, self.flow, scale, needs_blocks, gradients)
+        head(self.model, x, &placed(targets, &self.begun)?, self.flow, scale, needs_blocks, gradients)
     }
 
     /// Goes back through block `i`: adds the gradients of its parameters, and gives that of its input where something below is
@@ -208,7 +217,7 @@ impl<'a> Pass<'a> {
     /// Goes back through the embeddings, where they are trained.
     pub(crate) fn end(self, upstream: Option<Upstream>, gradients: &mut Gradients) -> Result<()> {
         if let (Start::Embeddings, Some(upstream)) = (self.start, upstream) {
-            gradients.add(&seed(&self.embedded, upstream.into())?, None)?;
+            gradients.add(&seed(&self.begun.x, upstream.into())?, None)?;
         }
         Ok(())
     }
@@ -299,8 +308,10 @@ fn chunk_loss(model: &Model, rows: &Tensor, labels: &[u32], flow: &Flow) -> Resu
 pub fn evaluate(model: &Model, batch: &Batch, targets: &Targets) -> Result<f64> {
     let flow = Flow::eval();
     let input = token_batch(model, batch, targets.separator)?;
-    let context = model.context(&input)?;
-    let mut x = model.embed(&input)?.detach();
+    let begun = model.begin(&input, &flow)?;
+    let targets = &placed(targets, &begun)?;
+    let Begun { x, context, .. } = begun;
+    let mut x = x.detach();
     for i in 0..model.blocks() {
         x = model.block(i, &x, &context, &flow, None)?.detach();
     }

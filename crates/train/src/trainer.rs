@@ -57,11 +57,12 @@ struct Material {
 }
 
 impl Material {
-    fn of(recipe: &Recipe, model: &Model) -> Result<Self> {
+    /// For rows before which stand `virtual_tokens`.
+    fn of(recipe: &Recipe, model: &Model, virtual_tokens: usize) -> Result<Self> {
         let path = model.provenance().path().map(Path::to_owned).unwrap_or_default();
         let codec = setup::codec(&path, recipe.tokenizer.as_deref(), model.config())?;
-        let codec = setup::encoding(recipe, codec, model.config())?;
-        let data = setup::data(recipe, &codec, model.config())?;
+        let codec = setup::encoding(recipe, codec, model.config(), virtual_tokens)?;
+        let data = setup::data(recipe, &codec, model.config(), virtual_tokens)?;
         let objective = setup::objective(model, &codec);
         Ok(Self { codec, data, objective })
     }
@@ -127,7 +128,7 @@ impl Run {
     /// As [`Self::prepare`].
     pub fn prepare_again(recipe: Recipe, resume: bool) -> Result<Self> {
         let mut model = setup::model(&recipe)?;
-        let material = Material::of(&recipe, &model)?;
+        let material = Material::of(&recipe, &model, setup::virtual_tokens(&recipe)?)?;
         let kept = RunFolder::new(&recipe.out).starts();
         let (attached, starts) = setup::adapter(&recipe, &mut model, |model, config| match resume && kept.is_file() {
             // Made once: another pass could round otherwise on another device.
@@ -147,7 +148,7 @@ impl Run {
     /// # Errors
     /// As [`Self::prepare`].
     pub fn prepare_whole(recipe: Recipe, mut model: Model) -> Result<Self> {
-        let material = Material::of(&recipe, &model)?;
+        let material = Material::of(&recipe, &model, 0)?;
         let attached = setup::whole_model(&recipe, &mut model)?;
         Self::assemble(recipe, model, attached, material, BTreeMap::new())
     }

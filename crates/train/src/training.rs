@@ -88,6 +88,7 @@ impl<'a> Training<'a> {
             dynamics.begin(&mut moving(run, &mut optimizer, 0, total)?)?;
         }
         let attached = run.adapters.get(&run.name)?;
+        attached.config.method.check_schedule(total)?;
         let watch = Watch::new(&run.parameters, &factors, attached, run.recipe.adam_eps)?;
         let loss = if state.step > 0 { state.loss } else { f64::NAN };
         Ok(Self {
@@ -179,6 +180,7 @@ impl<'a> Training<'a> {
             losses.push(tape::accumulate(&self.run.model, batch, targets, &flow, start, how, &mut self.gradients)?);
             tokens += batch.segments.iter().filter(|s| **s != espalier_data::PADDING).count() as u64;
         }
+        let penalties = self.gradients.add_penalties(self.run.adapters.get(&self.run.name)?)?;
         if let (None, (taped @ 1.., all)) = (self.first_step_s, losses.first().map_or((0, 0), |l| l.taped))
             && !self.run.model.device().is_cpu()
         {
@@ -212,6 +214,8 @@ impl<'a> Training<'a> {
             self.timed.0 += tokens;
             self.timed.1 += seconds;
         }
+        let mut extra = self.dynamics.metrics();
+        extra.extend(penalties.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
         self.loss = loss;
         self.state.loss = loss;
         self.state.step += 1;
@@ -229,7 +233,7 @@ impl<'a> Training<'a> {
             elapsed_s: self.state.elapsed_s,
             memory_bytes: memory::resident(),
             share_of_floor: None,
-            extra: self.dynamics.metrics(),
+            extra,
         })
     }
 

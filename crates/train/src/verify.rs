@@ -140,7 +140,7 @@ impl Probe {
             let side = &mut vectors[usize::from(adapted)];
             for (i, input) in inputs.iter().enumerate() {
                 let next = match stage {
-                    Stage::Embed => model.embed(input)?.detach(),
+                    Stage::Embed => model.begin(input, &flow)?.x.detach(),
                     Stage::Block(index) => model.block(index, &side[i], &model.context(input)?, &flow, None)?.detach(),
                     Stage::Output => {
                         let scores = model.outputs(&model.finish(&side[i])?, &flow)?.detach().to_dtype(DType::F32)?;

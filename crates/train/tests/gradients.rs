@@ -1,6 +1,6 @@
 //! The tape against finite differences in f64, with and without recomputation, and what must not change a run: how rows
 //! are cut into batches.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod common;
 
@@ -8,6 +8,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use common::{family, lora, recipe, train, write_rows};
+use espalier_adapters::adapter::Reach;
 use espalier_adapters::attach::{Origin, attach};
 use espalier_adapters::target::{Pattern, TargetSpec};
 use espalier_adapters::{AdapterConfig, AdapterSet, Flow, MethodConfig, ParameterMap};
@@ -311,4 +312,57 @@ fn the_last_window_of_an_epoch_weighs_what_is_left_by_its_tokens() {
         let mean = means.iter().sum::<f64>() / means.len() as f64;
         assert!(means.len() == 1 || (step.loss - mean).abs() > 1e-4, "tokens and batches weigh the same by accident");
     }
+}
+
+/// Every method that acts on no linear map, in each of its examples.
+fn beyond_products() -> impl Iterator<Item = (String, AdapterConfig)> {
+    MethodConfig::examples()
+        .into_iter()
+        .filter(|(_, method)| method.reach() != Reach::Maps)
+        .map(|(name, method)| (name, AdapterConfig::new(method)))
+}
+
+#[test]
+fn gradients_of_what_is_no_product_equal_finite_differences() {
+    let mut tried = 0;
+    for (name, config) in beyond_products() {
+        for base in ["llama_gqa_tied", "gpt2", "gemma2", "qwen3"] {
+            eprintln!("{name} on {base}");
+            differences_agree(base, &config, &causal());
+            tried += 1;
+        }
+        // Keys and values before the sequences are for decoders.
+        if config.method.name() != "prefix_tuning" {
+            differences_agree("bert", &config, &classes());
+        }
+    }
+    assert!(tried >= 40, "{tried}");
+}
+
+#[test]
+fn recomputation_gives_the_same_gradients_where_virtual_tokens_stand() {
+    let mut tried = 0;
+    for (name, config) in beyond_products().filter(|(_, config)| config.method.reach() == Reach::Sequence) {
+        let s = setting("llama_gqa_tied", &config, DType::F64);
+        let flow = Flow::train(5, 1, 0);
+        let (kept, made_again) = (gradients(&s, &causal(), &flow, false), gradients(&s, &causal(), &flow, true));
+        assert!((kept.0 - made_again.0).abs() < 1e-12, "{name}");
+        for (a, b) in kept.1.iter().zip(&made_again.1) {
+            let worst = flat(a).iter().zip(flat(b)).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+            assert!(worst < 1e-12, "{name}: {worst}");
+        }
+        tried += 1;
+    }
+    assert!(tried >= 7, "{tried}");
+}
+
+#[test]
+fn a_run_that_would_have_to_prune_is_refused_before_its_first_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    write_rows(&rows, 8);
+    let adapter: toml::Table = "method = 'adalora'\nr = 3\ntinit = 11".parse().unwrap();
+    let recipe = Recipe { adapter, ..recipe(&rows, &dir.path().join("out")) };
+    let failed = common::session(&recipe, false, None).err().unwrap().to_string();
+    assert!(failed.contains("tinit") && failed.contains("12 steps"), "{failed}");
 }

@@ -56,6 +56,28 @@ fn cases(dir: &Path) -> Vec<(&'static str, Recipe)> {
             "pissa",
             Recipe { adapter: adapter("r = 2\nrslora = true\ninit = 'pissa'"), accumulation: 2, ..plain.clone() },
         ),
+        (
+            "an encoder of virtual tokens",
+            Recipe {
+                adapter: adapter(
+                    "method = 'p_tuning'\nnum_virtual_tokens = 3\nencoder_hidden_size = 6\nnetwork = 'LSTM'\ndropout = 0.3",
+                ),
+                packing: true,
+                max_length: 32,
+                ..shuffled.clone()
+            },
+        ),
+        (
+            "projected keys and values",
+            Recipe {
+                adapter: adapter("method = 'prefix_tuning'\nnum_virtual_tokens = 3\nprefix_projection = true"),
+                accumulation: 2,
+                checkpointing: true,
+                ..plain.clone()
+            },
+        ),
+        ("penalty", Recipe { adapter: adapter("method = 'adalora'\nr = 3\ntinit = 100"), ..shuffled.clone() }),
+        ("norms", Recipe { adapter: adapter("method = 'ln_tuning'"), ..plain.clone() }),
         ("mixture", Recipe { data: DataList(vec![source(&rows, 1.0), source(&others, 3.0)]), ..shuffled.clone() }),
         ("evaluation", Recipe { validation_split: 3.0, eval_every: 2, save_every: 3, ..shuffled.clone() }),
         ("epochs", Recipe { max_steps: None, epochs: 1.8, ..shuffled }),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
+use espalier_adapters::adapter::Reach;
 use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::safetensors::TensorFile;
 use espalier_adapters::formats::{folder, sum};
@@ -19,7 +20,7 @@ pub static TRIAL: Trial = Trial {
     id: "R-11",
     title: "Composition",
     claim: "Adapters that act together change every weight by the weighted sum of their own changes, computed in f64 beside \
-            it: low-rank ones of mixed ranks up to full rank, and every method in each of its examples beside a LoRA of \
+            it: low-rank ones of mixed ranks up to full rank, and every method of maps in each of its examples beside a LoRA of \
             another rank. Low-rank sums are also written as one adapter, and read back. Further figure: two adapters that \
             PEFT wrote, written here as their weighted sum, against PEFT's logits; PEFT reads that file to the same logits \
             (`parity/composition.py`).",
@@ -118,6 +119,12 @@ fn run(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
         }
         for (name, method) in MethodConfig::examples() {
             let other = MethodConfig::Lora(Lora { r: 5, alpha: 3.0, ..Lora::default() });
+            if method.reach() != Reach::Maps {
+                let parts = vec![(made(&mut model, method, 1)?, 0.6), (made(&mut model, other, 2)?, -1.5)];
+                ensure!(together(&mut model, parts).is_err(), "{name}: weighed, though it is no change of maps");
+                tally.count("methods that are no change of maps, refused");
+                continue;
+            }
             let parts = [(made(&mut model, method, 1)?, 0.6), (made(&mut model, other, 2)?, -1.5)];
             let mut wanted = Weights::new();
             let mut alone = Vec::new();

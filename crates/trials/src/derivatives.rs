@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
+use espalier_adapters::adapter::Reach;
 use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::random::{normal, stream};
 use espalier_adapters::{
@@ -17,7 +18,7 @@ use crate::{Limit, Scope, Tally, Trial};
 pub static TRIAL: Trial = Trial {
     id: "R-06",
     title: "Gradients as derivatives",
-    claim: "For every method in each of its examples, the gradient of every value of every trainable tensor is the central \
+    claim: "For every method that acts on linear maps, in each of its examples, the gradient of every value of every trainable tensor is the central \
             difference of the loss in f64, through a wide map with a bias and a narrow one that files keep transposed, both \
             adapted and off their start, with dropout's mask held still; the error is |difference| / (1 + |derivative|). \
             Where a method leaves something out of its gradients on purpose it says so (`Adapter::holds`): there the \
@@ -140,6 +141,11 @@ fn held(site: &Site) -> Result<Option<(Site, &'static str)>> {
 fn run(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
     let every = if scope.is_full() { 1 } else { 3 };
     for (name, method) in MethodConfig::examples() {
+        // Norms, tokens and sequences are not at this site.
+        if method.reach() != Reach::Maps {
+            tally.count("examples of methods that act on no map, left to other trials");
+            continue;
+        }
         one(&name, &method, every, tally).with_context(|| name.clone())?;
     }
     Ok(())

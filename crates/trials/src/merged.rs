@@ -18,7 +18,7 @@ use espalier_train::trainer::Scope as Trained;
 use espalier_train::verify::Probe;
 use espalier_train::{Run, Silent};
 
-use crate::subject::{self, Subject, acting, difference, scores};
+use crate::subject::{self, Subject, acting, difference, refuses_merge, scores};
 use crate::{Bar, Scope, Tally, Trial};
 
 /// The trial.
@@ -28,7 +28,8 @@ pub static TRIAL: Trial = Trial {
     claim: "Merging an adapter into its base changes no logit by more than rounding, for bases in f32, NF4, int8, Q8_0 and \
             Q4_0 whose merge is kept dense, in f32 on the CPU: in memory, and from the adapter's files and the base's to a \
             model folder; the merge changes the base in every case. Every golden adapter \
-            of PEFT, and every method in each of its examples, where the storage takes them. Further figures: the same in \
+            of PEFT, and every method in each of its examples, where the storage takes them; methods that are no change of weights refuse both \
+            with the reason, and change nothing. Further figures: the same in \
             bf16, relative to the largest logit; and of a LoRA that learnt the quickstart's skill, what merges keep of its \
             gain (loss of the base less loss of the adapted model, on unseen rows): dense merges of every base, and merges of \
             the f32 base that are loaded in quantised storage again, which are stated.",
@@ -96,6 +97,12 @@ fn every_method(scope: &Scope<'_>, tally: &mut Tally) -> Result<()> {
             let unmerged = scores(&model)?;
             let name = format!("{} on {storage}", subject.name);
             ensure!(difference(&unmerged, &base)? > 1e-3, "{name}: the adapter changes nothing");
+            if let Some(reason) = refuses_merge(&mut set, &mut model, options.dtype)? {
+                let streamed = from_file_to_file(&subject, &files, options, scope).err().map(|e| format!("{e:#}"));
+                ensure!(streamed.is_some_and(|e| e.contains(reason)), "{name}: its files are merged");
+                tally.count("no change of weights: refused with the reason");
+                continue;
+            }
             let _ = set.merge(&mut model, options.dtype)?;
             ensure!(set.active().is_empty(), "{name}: still acting");
             let found = difference(&scores(&model)?, &unmerged)?;

@@ -159,7 +159,8 @@ impl<'a> Bench<'a> {
         // A copy of the base's own weight, or of the table for a head tied to it, says nothing: a file without it says the
         // same.
         let head = ["lm_head.weight", "decoder.weight"].iter().any(|end| name.ends_with(end));
-        let repeated = head && self.config["ensure_weight_tying"] == true;
+        let rows = name.ends_with("lm_head.trainable_tokens_delta") && self.config["peft_type"] == "TRAINABLE_TOKENS";
+        let repeated = (head && self.config["ensure_weight_tying"] == true) || rows;
         if !name.ends_with(".base_layer.weight") && !repeated {
             self.tensors_changed("drop", name, |t| drop(t.remove(name)))?;
         }
@@ -178,9 +179,11 @@ impl<'a> Bench<'a> {
         self.tensors_changed("another number of dimensions", name, put(tensor.unsqueeze(0)?))?;
         self.tensors_changed("whole numbers", name, put(tensor.to_dtype(DType::I64)?))?;
         let mut values = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        let last = values.len().saturating_sub(1);
-        values[last] = f32::NAN;
-        self.tensors_changed("not a number", name, put(Tensor::from_vec(values, tensor.shape(), &Device::Cpu)?))?;
+        // A layer that kept nothing has no value to spoil.
+        if let Some(last) = values.last_mut() {
+            *last = f32::NAN;
+            self.tensors_changed("not a number", name, put(Tensor::from_vec(values, tensor.shape(), &Device::Cpu)?))?;
+        }
         let alias = match name.rsplit_once(".lora_") {
             Some((module, part)) => format!("{module}.modules_to_save.lora_{part}"),
             None => format!("{name}.again"),
@@ -210,12 +213,14 @@ impl<'a> Bench<'a> {
                         c["target_modules"].as_array_mut().map(|t| t.remove(i));
                     })?;
                 }
-                for wrong in [json!(format!("{name}_")), json!("ln_1"), json!(3)] {
+                let wrong = [json!(format!("{name}_")), json!("ln_1"), json!(3)];
+                for wrong in wrong.into_iter().filter(|wrong| *wrong != targets[i]) {
                     self.config_changed(&format!("target {i} is {wrong}"), |c| c["target_modules"][i] = wrong)?;
                 }
             }
         }
-        let rank = self.config["r"].as_u64().unwrap_or(0);
+        let rank_key = if self.config["init_r"].is_null() { "r" } else { "init_r" };
+        let rank = self.config[rank_key].as_u64().unwrap_or(0);
         let has_rank = rank > 0;
         let kind = self.config["peft_type"].as_str().unwrap_or_default();
         // The tensors show it, where it is no number that is rounded to a divisor (OFT's blocks) and where a factor is a product
@@ -226,17 +231,21 @@ impl<'a> Bench<'a> {
             _ => has_rank,
         };
         let other_kind = kind != "LOHA";
+        let has_targets = !self.config["target_modules"].is_null();
         let turned_on = self.config["use_dora"].as_bool().unwrap_or(false);
         for (key, value, applies) in [
-            ("r", json!(rank + 1), shows_rank),
-            ("r", json!(0), has_rank),
-            ("r", json!("many"), true),
+            (rank_key, json!(rank + 1), shows_rank),
+            (rank_key, json!(0), has_rank),
+            (rank_key, json!("many"), true),
+            ("num_virtual_tokens", json!(77), !self.config["num_virtual_tokens"].is_null()),
+            ("num_layers", json!(77), !self.config["num_layers"].is_null()),
+            ("token_indices", json!([1]), !self.config["token_indices"].is_null()),
             ("lora_alpha", json!("large"), has_rank),
             ("lora_alpha", json!([1]), has_rank),
             ("use_dora", json!(!turned_on), has_rank),
             ("use_dora", json!("true"), has_rank),
             ("target_modules", json!("all_linear"), true),
-            ("target_modules", Value::Null, true),
+            ("target_modules", Value::Null, has_targets),
             ("modules_to_save", json!(["model.norm", "transformer.ln_f", "LayerNorm"]), true),
             ("rank_pattern", json!({".*": 9}), has_rank && (shows_rank || kind == "OFT")),
             // Without sites, whole paths override the choice of layers, as in PEFT.

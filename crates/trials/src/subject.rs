@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use espalier_adapters::adapter::EvidenceKind;
+use espalier_adapters::adapter::{EvidenceKind, Property};
 use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::{folder, safetensors};
 use espalier_adapters::random::{normal, stream};
@@ -151,6 +151,21 @@ pub fn acting(model: &mut dyn Host, adapter: Attached) -> Result<AdapterSet> {
     set.add("a", adapter)?;
     set.activate(model, &[("a", 1.0)])?;
     Ok(set)
+}
+
+/// Why the adapter's method cannot be merged, where it says so; then the merge of `set`, in which it is the only one, must be
+/// refused with that reason and change nothing.
+///
+/// # Errors
+/// If it is not refused, or with another reason, or something changed.
+pub fn refuses_merge(set: &mut AdapterSet, model: &mut Model, dtype: DType) -> Result<Option<&'static str>> {
+    let Some(reason) = set.get("a")?.config.method.exception(Property::Merge) else { return Ok(None) };
+    let (before, weights) = (scores(model)?, live_weights(model)?);
+    let refused = set.merge(model, dtype).err().map(|e| e.to_string()).unwrap_or_default();
+    anyhow::ensure!(refused.contains(reason), "the merge was not refused because {reason}: {refused}");
+    anyhow::ensure!(difference(&scores(model)?, &before)? == 0.0, "a refused merge changed the scores");
+    anyhow::ensure!(live_weights(model)? == weights, "a refused merge changed weights");
+    Ok(Some(reason))
 }
 
 /// Scores of a fixed batch.

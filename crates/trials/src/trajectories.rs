@@ -21,7 +21,8 @@ pub static TRIAL: Trial = Trial {
     title: "Fifty steps against PEFT and TRL",
     claim: "Fifty AdamW steps from an adapter that PEFT initialised, on the same rows in the same order in f32 on the CPU, \
             give the losses of torch and PEFT (with transformers' schedules) and of TRL's SFTTrainer: LoRA, rank-stabilised \
-            LoRA and DoRA on three families, rows of equal and unequal length, accumulation, clipping, warm-up and cosine. \
+            LoRA and DoRA on three families, prompt and prefix tuning, and AdaLoRA with its penalty before it prunes; rows of \
+            equal and unequal length, accumulation, clipping, warm-up and cosine. \
             Learning rates and labelled tokens are the same at each step. Every folder of `parity/golden/curves`; another \
             learning rate is seen.",
     unit: "largest |difference of a step's loss|",
@@ -112,7 +113,7 @@ fn one(folder: &Path, scratch: &Path, tally: &mut Tally) -> Result<()> {
         anyhow::ensure!(ours == *tokens, "labelled tokens {ours:?}");
     }
     tally.count(format!("runs of {}", curve.settings.made_by.as_deref().unwrap_or("torch and PEFT")));
-    let errors = errors(&steps, &curve.losses);
+    let errors = errors(&whole_losses(folder, &steps)?, &curve.losses);
     for (i, error) in errors.iter().enumerate() {
         tally.value(format!("step {} of {name}", i + 1), *error);
     }
@@ -148,8 +149,21 @@ fn weights(folder: &Path) -> Result<std::collections::BTreeMap<String, Tensor>> 
     golden::tensors(&folder.join(espalier_adapters::formats::folder::WEIGHTS_FILE))
 }
 
-fn errors(steps: &[StepRecord], losses: &[f64]) -> Vec<f64> {
-    steps.iter().zip(losses).map(|(step, loss)| (step.loss - loss).abs()).collect()
+/// Losses as the reference counts them: those of PEFT hold a method's penalty at its weight, which is beside ours.
+fn whole_losses(folder: &Path, steps: &[StepRecord]) -> Result<Vec<f64>> {
+    let settings = std::fs::read(folder.join("init").join(espalier_adapters::formats::folder::CONFIG_FILE))?;
+    let settings: serde_json::Value = serde_json::from_slice(&settings)?;
+    let weight = settings.get("orth_reg_weight").and_then(serde_json::Value::as_f64);
+    let whole = |step: &StepRecord| {
+        let penalty = step.extra.get("orthogonality").and_then(serde_json::Value::as_f64);
+        anyhow::ensure!(penalty.is_some() == weight.is_some(), "a penalty of {penalty:?} at the weight {weight:?}");
+        Ok(step.loss + penalty.zip(weight).map_or(0.0, |(penalty, weight)| penalty * weight))
+    };
+    steps.iter().map(whole).collect()
+}
+
+fn errors(ours: &[f64], losses: &[f64]) -> Vec<f64> {
+    ours.iter().zip(losses).map(|(our, loss)| (our - loss).abs()).collect()
 }
 
 /// The comparison sees what it must: with a rate five per cent lower it is no longer the same curve.
@@ -157,7 +171,7 @@ fn another_rate_is_seen(folder: &Path) -> Result<()> {
     let curve = read(folder)?;
     let right = recipe(folder, &curve.settings);
     let (_, steps) = runs::train(Recipe { lr: 0.95 * right.lr, ..right })?;
-    let seen = largest(errors(&steps, &curve.losses));
+    let seen = largest(errors(&whole_losses(folder, &steps)?, &curve.losses));
     anyhow::ensure!(seen > TRIAL.bar, "another learning rate changes losses by {seen} only");
     Ok(())
 }

@@ -4,7 +4,7 @@ use candle_core::DType;
 use espalier_models::LoadOptions;
 use espalier_models::source::Quantization;
 
-use crate::subject::{self, acting, live_weights};
+use crate::subject::{self, acting, live_weights, refuses_merge};
 use crate::{Scope, Tally, Trial};
 
 /// The trial.
@@ -42,6 +42,10 @@ fn run(_: &Scope<'_>, tally: &mut Tally) -> anyhow::Result<()> {
             };
             let before = live_weights(&mut model)?;
             let mut set = acting(&mut model, attached)?;
+            if refuses_merge(&mut set, &mut model, options.dtype)?.is_some() {
+                tally.count("no change of weights: refused with the reason");
+                continue;
+            }
             let merged = set.merge(&mut model, options.dtype)?;
             let name = format!("{} on {storage}", subject.name);
             anyhow::ensure!(live_weights(&mut model)? != before, "{name}: nothing was merged");

@@ -12,9 +12,10 @@ use serde::Serialize;
 use super::folder::{self, AdapterFiles, BASE_HASH_KEY, CONFIG_FILE, WEIGHTS_FILE};
 use super::outline::{Outline, module_of};
 use super::{forms, safetensors, tied};
+use crate::adapter::Reach;
 use crate::attach::{Origin, attach};
 use crate::config::AdapterConfig;
-use crate::target::{Candidate, Pattern};
+use crate::target::{Candidate, Kind, Pattern};
 use crate::{Error, Result};
 
 /// What was found in an adapter's files.
@@ -122,7 +123,8 @@ fn peft(path: &Path, report: &mut Report) -> Result<Option<AdapterFiles>> {
             }
             Err(error) => report.fault(error),
         }
-        if folder::name_of(&key).is_none() {
+        let reach = config.as_ref().map_or(Reach::Maps, |config| config.method.reach());
+        if folder::name_of(&key, reach).is_none() {
             report.fault(format!("tensor `{key}` is not named as PEFT names them"));
         }
     }
@@ -162,7 +164,10 @@ fn narrow(files: &mut AdapterFiles, report: &mut Report) {
 
 /// The ranks that the settings give the modules `paths`.
 fn wanted_ranks(config: &AdapterConfig, paths: &[(String, bool)]) -> Result<BTreeMap<String, usize>> {
-    let candidate = |(path, lookup): &(String, bool)| Candidate { path: path.clone(), linear: !lookup, head: false };
+    let candidate = |(path, lookup): &(String, bool)| {
+        let kind = if *lookup { Kind::Embedding } else { Kind::Linear };
+        Candidate { path: path.clone(), kind, head: false }
+    };
     let candidates: Vec<Candidate> = paths.iter().map(candidate).collect();
     let (rank, alpha) = config.method.rank_and_alpha();
     let placement = config.targets.place(&candidates, rank, alpha)?;
@@ -271,7 +276,7 @@ fn outlined(files: AdapterFiles) -> Result<()> {
     let AdapterFiles { path, config, mut tensors, .. } = files;
     let mut outline = Outline::of(&config, &tensors)?;
     if config.tie_weights {
-        tied::take(&outline, &path, &mut tensors)?;
+        tied::take(&outline, &path, &config, &mut tensors)?;
     }
     let origin = Origin::File { path: &path, tensors };
     attach(&mut outline, &config, origin, DType::F32, &Device::Cpu).map(|_| ()).map_err(|e| match e {

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 
 pub use super::base_mark::{BASE_HASH_KEY, BASE_SETTINGS_KEY};
+use super::peft_config::PROMPT_EMBEDDINGS;
 use super::{atomic, base_mark, copies, gguf_adapter, mlx, peft_config, safetensors, tied};
+use crate::adapter::Reach;
 use crate::attach::{Attached, Origin, attach_part, candidates};
 use crate::config::AdapterConfig;
 use crate::module::{Host, ModuleMut};
 use crate::parameter::ParameterMap;
-use crate::target::{ALL_LINEAR, Pattern};
+use crate::target::Pattern;
 use crate::{Error, Result};
 
 /// Name of the settings file.
@@ -27,6 +29,9 @@ const SHARED_PREFIX: &str = "base_model.";
 
 /// Endings of names that PEFT has changed: (old, new).
 const RENAMED: &[(&str, &str)] = &[(".bone_block", ".miss_block")];
+
+/// Modules that PEFT puts between a module's path and the name of a tensor.
+const WRAPPERS: [&str; 4] = [".modules_to_save.", ".base_layer.", ".token_adapter.", ".ln_tuning_layers."];
 
 /// What an adapter folder says before it meets a model.
 #[derive(Debug)]
@@ -98,7 +103,7 @@ impl OpenFolder {
                 continue;
             }
             let unnamed = || Error::format(&path, format!("tensor `{key}`: the name does not begin with `{PREFIX}`"));
-            let name = name_of(&key).ok_or_else(unnamed)?;
+            let name = name_of(&key, config.method.reach()).ok_or_else(unnamed)?;
             if tensors.insert(name.clone(), key).is_some() {
                 return Err(Error::format(&path, format!("two tensors of the file are both `{name}`")));
             }
@@ -173,11 +178,16 @@ pub(super) fn check_finite(path: &Path, key: &str, tensor: &Tensor) -> Result<()
 }
 
 /// The model's own name of a tensor in a file.
-pub(super) fn name_of(key: &str) -> Option<String> {
+pub(super) fn name_of(key: &str, reach: Reach<'_>) -> Option<String> {
+    let wrapped = |name: &str| WRAPPERS.iter().fold(name.to_owned(), |name, wrapper| name.replace(wrapper, "."));
+    if reach == Reach::Sequence {
+        let prompt = (key == PROMPT_EMBEDDINGS).then(|| key.to_owned());
+        return prompt.or_else(|| key.strip_prefix(SHARED_PREFIX).map(wrapped));
+    }
     let Some(name) = key.strip_prefix(PREFIX) else {
         return key.strip_prefix(SHARED_PREFIX).filter(|name| !name.contains('.')).map(str::to_owned);
     };
-    let name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".").replace(".token_adapter.", ".");
+    let name = wrapped(name);
     let name = match RENAMED.iter().find_map(|(old, new)| Some((name.strip_suffix(old)?, new))) {
         Some((head, new)) => format!("{head}{new}"),
         None => name,
@@ -188,12 +198,16 @@ pub(super) fn name_of(key: &str) -> Option<String> {
     })
 }
 
-/// The name in a file of the tensor that the model calls `name`.
-fn key_of(name: &str, layers: &BTreeSet<&str>) -> String {
+/// The name in a file of the tensor that the model calls `name`, for a method of `reach` at `sites`.
+fn key_of(name: &str, sites: &BTreeSet<&str>, reach: Reach<'_>) -> String {
+    if reach == Reach::Sequence {
+        return if name == PROMPT_EMBEDDINGS { name.to_owned() } else { format!("{SHARED_PREFIX}{name}") };
+    }
     let Some((module, part)) = name.rsplit_once('.') else { return format!("{SHARED_PREFIX}{name}") };
-    match part {
-        "trainable_tokens_delta" => format!("{PREFIX}{module}.token_adapter.{part}"),
-        "bias" if layers.contains(module) => format!("{PREFIX}{module}.base_layer.{part}"),
+    match (part, reach) {
+        (_, Reach::Whole) if sites.contains(module) => format!("{PREFIX}{module}.ln_tuning_layers.{part}"),
+        ("trainable_tokens_delta", Reach::Maps | Reach::Whole) => format!("{PREFIX}{module}.token_adapter.{part}"),
+        ("bias", Reach::Maps) if sites.contains(module) => format!("{PREFIX}{module}.base_layer.{part}"),
         _ => format!("{PREFIX}{name}"),
     }
 }
@@ -258,7 +272,7 @@ pub(super) fn load_part(
     };
     copies::check(host, &path, &files.copies, &turned)?;
     if files.config.tie_weights {
-        tied::take(host, &path, &mut files.tensors)?;
+        tied::take(host, &path, &files.config, &mut files.tensors)?;
     }
     let origin = Origin::File { path: &path, tensors: files.tensors };
     attach_part(host, &files.config, origin, wanted, dtype, device)
@@ -275,6 +289,16 @@ pub(super) fn portable(adapter: &Attached) -> Result<(AdapterConfig, ParameterMa
     config.targets.rank_pattern.values_mut().for_each(|r| *r *= rank_factor);
     config.targets.alpha_pattern.values_mut().for_each(|a| *a *= alpha_factor);
     let mut map = ParameterMap::new();
+    if let Some(parameters) = adapter.prompt.as_ref().map(|p| p.portable()).transpose()?.flatten() {
+        // Tensors of the adapter that belong to a module stay beside them.
+        let beside = |name: &str| adapter.dense.iter().any(|d| name == format!("{}.{}", d.path, d.part));
+        let layers = |name: &str| adapter.layers.keys().any(|p| name.starts_with(&format!("{p}.")));
+        for p in adapter.parameters.iter().filter(|p| beside(&p.name) || layers(&p.name)) {
+            map.push_as(p.name.clone(), &p.tensor, p.trainable, p.role);
+        }
+        map.extend(parameters);
+        return Ok((config, map));
+    }
     let mut changed = BTreeSet::new();
     for (path, layer) in &adapter.layers {
         if let Some(parameters) = layer.portable()? {
@@ -290,11 +314,10 @@ pub(super) fn portable(adapter: &Attached) -> Result<(AdapterConfig, ParameterMa
     Ok((config, map))
 }
 
-/// Replaces `all-linear` by the shortest list of endings that names the same modules, for tools that want a list.
+/// Replaces a word for modules of any model by the shortest list of endings that names the same modules, for tools that want a list.
 fn listed_targets(host: &mut dyn Host, adapter: &Attached) -> Result<Pattern> {
-    match &adapter.config.targets.target_modules {
-        Pattern::Expression(text) if text == ALL_LINEAR => {}
-        other => return Ok(other.clone()),
+    if !adapter.config.targets.target_modules.is_keyword() {
+        return Ok(adapter.config.targets.target_modules.clone());
     }
     let sites: BTreeSet<&str> = adapter.placement.sites.iter().map(|s| s.path.as_str()).collect();
     let ending = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
@@ -350,14 +373,14 @@ fn write(
     let mut metadata = base_mark::of(host)?;
     metadata.insert("format".to_owned(), "pt".to_owned());
     let turned = transposed(host)?;
-    let layers: BTreeSet<&str> = adapter.placement.sites.iter().map(|s| s.path.as_str()).collect();
+    let sites: BTreeSet<&str> = adapter.placement.sites.iter().map(|s| s.path.as_str()).collect();
     let mut entries = Vec::with_capacity(parameters.len());
     for p in parameters.iter() {
         let tensor = p.tensor.detach();
         let tensor = if is_transposed(&p.name, &turned) { tensor.t()?.contiguous()? } else { tensor };
-        entries.push(safetensors::Entry::of(key_of(&p.name, &layers), &tensor));
+        entries.push(safetensors::Entry::of(key_of(&p.name, &sites, config.method.reach()), &tensor));
     }
-    let repeated = if config.tie_weights { tied::repeated(host, &parameters)? } else { Vec::new() };
+    let repeated = if config.tie_weights { tied::repeated(host, &config, &parameters)? } else { Vec::new() };
     entries.extend(repeated.iter().map(|(name, t)| safetensors::Entry::of(format!("{PREFIX}{name}"), t)));
     let tensors = entries.len();
     let json = peft_config::to_json(&config, trains_embedding(host, adapter)?)?;

@@ -6,9 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Device, Tensor};
 use espalier_kernels::frozen::FrozenWeight;
 
+use super::peft_config::PROMPT_EMBEDDINGS;
+use crate::adapter::Reach;
 use crate::config::{AdapterConfig, TokenIndices};
 use crate::module::{Embedding, Host, Linear, ModuleMut, Norm, NormKind};
 use crate::parametrisation::MethodConfig;
+use crate::prompt::PromptSlot;
 use crate::{Error, Result};
 
 /// Modules made from the names and shapes of an adapter's tensors.
@@ -18,6 +21,7 @@ pub(super) struct Outline {
     embeddings: Vec<Embedding>,
     norms: Vec<Norm>,
     tied: Option<(String, String)>,
+    prompt: Option<PromptSlot>,
 }
 
 /// Names of output heads, which a tied model has under its table's name.
@@ -34,11 +38,20 @@ impl Outline {
     /// If a name or shape is of no module that is known here.
     pub(super) fn of(config: &AdapterConfig, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
         let mut outline = Self::default();
-        let paths: BTreeSet<&str> = tensors.keys().map(|name| module_of(name)).collect();
+        if let Some(shape) = config.method.prompt_shape() {
+            outline.prompt = Some(PromptSlot::new(shape));
+            outline.embeddings.push(Embedding::new("a table of the model's", zeros(&[1, shape.width.max(1)])?)?);
+        }
+        let modules = tensors.keys().filter(|name| *name != PROMPT_EMBEDDINGS);
+        let paths: BTreeSet<&str> = modules.map(|name| module_of(name)).collect();
         for path in paths {
             outline.add(path, config, tensors)?;
         }
-        if config.tie_weights
+        if config.tie_weights && matches!(config.method.reach(), Reach::Rows { .. }) {
+            let head = outline.embeddings.iter().position(|e| HEADS.contains(&e.path()));
+            let head = head.map(|at| outline.embeddings.remove(at).path().to_owned());
+            outline.tied = outline.embeddings.first().map(|e| e.path().to_owned()).zip(head);
+        } else if config.tie_weights
             && let Some(table) = outline.embeddings.first().map(|e| e.path().to_owned())
             && let Some(at) = outline.linears.iter().position(|l| HEADS.contains(&l.path()))
         {
@@ -92,6 +105,9 @@ impl Outline {
 }
 
 fn most_token(config: &AdapterConfig) -> u32 {
+    if let Reach::Rows { tokens, .. } = config.method.reach() {
+        return tokens.iter().copied().max().unwrap_or(0);
+    }
     match &config.trainable_tokens {
         Some(TokenIndices::Input(ids)) => ids.iter().copied().max().unwrap_or(0),
         Some(TokenIndices::ByModule(map)) => map.values().flatten().copied().max().unwrap_or(0),
@@ -130,6 +146,10 @@ impl Host for Outline {
 
     fn tied_table(&self) -> Option<String> {
         self.tied.as_ref().map(|(table, _)| table.clone())
+    }
+
+    fn prompt_slot(&mut self) -> Option<&mut PromptSlot> {
+        self.prompt.as_mut()
     }
 
     fn base_hash(&self) -> Result<String> {

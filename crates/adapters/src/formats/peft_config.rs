@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use crate::adapter::Reach;
 use crate::config::{AdapterConfig, BiasMode};
 use crate::parametrisation::MethodConfig;
 use crate::target::TargetSpec;
@@ -28,7 +29,13 @@ const INFORMATIVE: &[&str] = &[
     "transformers_version",
     "init_weights",
     "init_ia3_weights",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
 ];
+
+/// Name of what stands before the sequences, in files.
+pub const PROMPT_EMBEDDINGS: &str = "prompt_embeddings";
 
 /// `peft_type` of methods that PEFT lacks.
 const NATIVE: &str = "ESPALIER";
@@ -50,6 +57,7 @@ pub fn to_json(config: &AdapterConfig, trains_embedding: bool) -> Result<Value> 
         }
     };
     let lora = keys.get("peft_type").is_some_and(|kind| kind == "LORA");
+    let rows = matches!(config.method.reach(), Reach::Rows { .. });
     let mut put = |key: &str, value: Value| {
         // Other methods of PEFT know fewer keys; those that say something are written all the same.
         if lora || !is_unset(&value) {
@@ -68,10 +76,15 @@ pub fn to_json(config: &AdapterConfig, trains_embedding: bool) -> Result<Value> 
     put("revision", json!(config.revision));
     put("task_type", value(&config.task)?);
     put("trainable_token_indices", value(&config.trainable_tokens)?);
-    if config.tie_weights && trains_embedding {
+    // Rows alone always reach a tied head.
+    if config.tie_weights && trains_embedding && !rows {
         put("ensure_weight_tying", true.into());
     }
-    let targets = object(&config.targets)?;
+    // A method that acts on no module has no targets.
+    let targets = match config.method.reach() {
+        Reach::Sequence => Map::new(),
+        _ => object(&config.targets)?,
+    };
     for key in ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"] {
         put(key, targets.get(key).cloned().unwrap_or(Value::Null));
     }
@@ -95,6 +108,7 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
         Some(name) => native(&name, &mut keys)?,
         None => MethodConfig::from_peft(&mut keys)?,
     };
+    let rows = matches!(method.reach(), Reach::Rows { .. });
     let mut take = |key: &str| keys.remove(key).filter(|v| !v.is_null());
     let mut targets = Map::new();
     for key in
@@ -106,6 +120,9 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
             targets.insert(key.into(), value);
         }
     }
+    if method.reach() == Reach::Sequence && targets.is_empty() {
+        targets = object(&TargetSpec::of(Reach::Sequence))?;
+    }
     if !targets.contains_key("target_modules") {
         return Err(Error::config("target_modules", "missing: the file does not say which modules are adapted"));
     }
@@ -114,7 +131,7 @@ pub fn from_json(json: Value) -> Result<AdapterConfig> {
         bias: take("bias").map_or(Ok(BiasMode::None), |v| parse("bias", v))?,
         modules_to_save: take("modules_to_save").map_or(Ok(Vec::new()), |v| parse("modules_to_save", v))?,
         trainable_tokens: take("trainable_token_indices").map(|v| parse("trainable_token_indices", v)).transpose()?,
-        tie_weights: take("ensure_weight_tying").map_or(Ok(false), |v| parse("ensure_weight_tying", v))?,
+        tie_weights: take("ensure_weight_tying").map_or(Ok(rows), |v| parse("ensure_weight_tying", v))?,
         task: take("task_type").map(|v| parse("task_type", v)).transpose()?,
         base: take("base_model_name_or_path").map(|v| parse("base_model_name_or_path", v)).transpose()?,
         revision: take("revision").map(|v| parse("revision", v)).transpose()?,

@@ -9,6 +9,7 @@ use candle_core::{DType, Device};
 use super::folder::{self, AdapterFiles, OpenFolder};
 use super::forms::{self, Form};
 use super::{base_mark, gguf_adapter};
+use crate::adapter::Property;
 use crate::attach::{Attached, BaseCheck};
 use crate::config::{AdapterConfig, TokenIndices};
 use crate::module::Host;
@@ -58,7 +59,8 @@ impl Piece {
     /// Opens the adapter of any layout at `path` for `host`, which need not be loaded; `alpha` for layouts that hold none.
     ///
     /// # Errors
-    /// If the files are malformed, the base is another one (unless `allow_base`), or a tensor belongs to no module.
+    /// If the files are malformed, the base is another one (unless `allow_base`), a tensor belongs to no module, or the adapter is no
+    /// change of weights.
     pub fn open(
         host: &mut dyn Host,
         (name, path, weight): (&str, &Path, f64),
@@ -70,6 +72,12 @@ impl Piece {
             _ => Held::Memory(gguf_adapter::resolve(host, forms::read(path, alpha)?)?),
         };
         let mut piece = Self { name: name.to_owned(), weight, base: BaseCheck::Same, held, places: BTreeMap::new() };
+        if let Some(reason) = piece.config().method.exception(Property::Merge) {
+            return Err(Error::unsupported(
+                format!("{} put into the weights module by module", path.display()),
+                reason,
+            ));
+        }
         piece.base = base_mark::check(host, piece.config(), path, allow_base)?;
         let mut paths = BTreeSet::new();
         host.walk(&mut |module| {
@@ -89,6 +97,8 @@ impl Piece {
                 Some(module) => {
                     piece.places.insert(name, module);
                 }
+                // What all sites share has no module; whether it is taken is seen when a part is made.
+                None if !name.contains('.') => {}
                 None => unused.push(name),
             }
         }
@@ -119,7 +129,7 @@ impl Piece {
             Held::Memory(files) => {
                 let taken = |all: &BTreeMap<String, _>| {
                     all.iter()
-                        .filter(|(name, _)| at(name))
+                        .filter(|(name, _)| at(name) || !name.contains('.'))
                         .map(|(name, t): (&String, &candle_core::Tensor)| (name.clone(), t.clone()))
                         .collect()
                 };

@@ -44,6 +44,9 @@ pub(super) fn of(host: &mut dyn Host, adapter: &Attached, layout: &str) -> Resul
     if let Some((path, rows)) = adapter.rows.first() {
         return refuse(format!("{} trained token rows of {path}", rows.indices.len()));
     }
+    if let Some(prompt) = &adapter.prompt {
+        return refuse(format!("{} virtual tokens before the sequences", prompt.virtual_tokens()));
+    }
     let (config, parameters) = portable(adapter)?;
     let again;
     let adapter = match adapter.config.method.portable() {

@@ -8,20 +8,27 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 
+use crate::adapter::Reach;
+use crate::config::AdapterConfig;
 use crate::module::Host;
 use crate::parameter::ParameterMap;
 use crate::{Error, Result};
 
-/// Name under the head, name under the table, whether the one is the other transposed.
-fn pairs(host: &dyn Host) -> Vec<(String, String, bool)> {
+/// Name under the head, name under the table, whether the one is the other transposed. Rows are repeated where they are all that
+/// the method trains.
+fn pairs(host: &dyn Host, config: &AdapterConfig) -> Vec<(String, String, bool)> {
     let (Some(table), Some(head)) = (host.tied_table(), host.head_paths().into_iter().next()) else {
         return Vec::new();
     };
-    vec![
+    let rows = matches!(config.method.reach(), Reach::Rows { .. });
+    let rows =
+        rows.then(|| (format!("{head}.trainable_tokens_delta"), format!("{table}.trainable_tokens_delta"), false));
+    let pairs = vec![
         (format!("{head}.weight"), format!("{table}.weight"), false),
         (format!("{head}.lora_A.weight"), format!("{table}.lora_embedding_B"), true),
         (format!("{head}.lora_B.weight"), format!("{table}.lora_embedding_A"), true),
-    ]
+    ];
+    pairs.into_iter().chain(rows).collect()
 }
 
 /// Takes the head's tensors out of `tensors` where the table's are there and equal. A file may leave them out, but not one factor
@@ -29,11 +36,17 @@ fn pairs(host: &dyn Host) -> Vec<(String, String, bool)> {
 ///
 /// # Errors
 /// If they differ, or one of two is missing.
-pub(super) fn take(host: &dyn Host, path: &Path, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
-    let pairs = pairs(host);
+pub(super) fn take(
+    host: &dyn Host,
+    path: &Path,
+    config: &AdapterConfig,
+    tensors: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let pairs = pairs(host, config);
     let there = |(head, ..): &&(String, String, bool)| tensors.contains_key(head);
-    if let [_, factors @ ..] = pairs.as_slice()
-        && factors.iter().filter(there).count() == 1
+    if let [_, first, second, ..] = pairs.as_slice()
+        && let factors = [first, second]
+        && factors.iter().filter(|pair| there(pair)).count() == 1
         && let Some((absent, ..)) = factors.iter().find(|pair| !there(pair))
     {
         return Err(Error::format(path, format!("`{absent}` is missing, but the other factor of the head is there")));
@@ -58,9 +71,13 @@ pub(super) fn take(host: &dyn Host, path: &Path, tensors: &mut BTreeMap<String, 
 ///
 /// # Errors
 /// If a tensor cannot be turned.
-pub(super) fn repeated(host: &dyn Host, parameters: &ParameterMap) -> Result<Vec<(String, Tensor)>> {
+pub(super) fn repeated(
+    host: &dyn Host,
+    config: &AdapterConfig,
+    parameters: &ParameterMap,
+) -> Result<Vec<(String, Tensor)>> {
     let mut found = Vec::new();
-    for (head, table, turned) in pairs(host) {
+    for (head, table, turned) in pairs(host, config) {
         if let Some(p) = parameters.get(&table) {
             let tensor = p.tensor.detach();
             found.push((head, if turned { tensor.t()?.contiguous()? } else { tensor }));

@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::adapter::{Adapter, Evidence, Init, Method, Site, Wanted};
+use crate::adapter::{Adapter, Evidence, Init, Method, PromptSite, Property, Reach, Site, Wanted};
+use crate::prompt::{PromptShape, Prompter};
 use crate::{Error, Result};
 
 macro_rules! methods {
@@ -74,6 +75,51 @@ macro_rules! methods {
                 evidence: &Evidence<'_>,
             ) -> Result<Vec<(String, candle_core::Tensor)>> {
                 match self { $(Self::$config(method) => method.starts(site, evidence),)* }
+            }
+
+            /// What the method acts on.
+            pub fn reach(&self) -> Reach<'_> {
+                match self { $(Self::$config(method) => method.reach(),)* }
+            }
+
+            /// Makes what stands before the sequences.
+            ///
+            /// # Errors
+            /// If the settings do not fit the model, or a file's tensors do not fit.
+            pub fn prompter(&self, site: &PromptSite<'_>, init: &mut Init<'_>) -> Result<std::sync::Arc<dyn Prompter>> {
+                match self { $(Self::$config(method) => method.prompter(site, init),)* }
+            }
+
+            /// The settings with the model's sizes filled in.
+            ///
+            /// # Errors
+            /// If sizes were given that are not the model's.
+            pub fn fitted(&self, shape: &PromptShape) -> Result<Self> {
+                Ok(match self { $(Self::$config(method) => Self::$config(method.fitted(shape)?),)* })
+            }
+
+            /// How many places of a sequence the method takes for what stands before it.
+            pub fn virtual_tokens(&self) -> usize {
+                match self { $(Self::$config(method) => method.virtual_tokens(),)* }
+            }
+
+            /// The sizes of the model that the settings are for, where they say so.
+            pub fn prompt_shape(&self) -> Option<PromptShape> {
+                match self { $(Self::$config(method) => method.prompt_shape(),)* }
+            }
+
+            /// Whether a run of `steps` steps trains the method as its settings say.
+            ///
+            /// # Errors
+            /// If it does not.
+            pub fn check_schedule(&self, steps: usize) -> Result<()> {
+                match self { $(Self::$config(method) => method.check_schedule(steps),)* }
+            }
+
+            /// Why the method has not this property, if it has not.
+            pub fn exception(&self, property: Property) -> Option<&'static str> {
+                let all = match self { $(Self::$config(_) => $module::$config::exceptions(),)* };
+                all.iter().find(|(excepted, _)| *excepted == property).map(|(_, reason)| *reason)
             }
 
             /// Rank and scaling numerator before patterns.
@@ -144,6 +190,8 @@ macro_rules! methods {
 }
 
 methods! {
+    /// A product in the form of a singular value decomposition, pruned while it is trained.
+    adalora::AdaLora = "adalora";
     /// Low-rank adaptation in blocks that share one down-projection.
     block_lora::BlockLora = "block-lora";
     /// Orthogonal maps of the inputs as products of sparse ones, and factors on the outputs.
@@ -182,4 +230,14 @@ methods! {
     vera::Vera = "vera";
     /// Every weight of the target modules, densely.
     full::Full = "full";
+    /// The norms of the model, trained whole.
+    ln_tuning::LnTuning = "ln_tuning";
+    /// Vectors made by a small network before those of the tokens.
+    p_tuning::PTuning = "p_tuning";
+    /// Trained keys and values before those of every block.
+    prefix_tuning::PrefixTuning = "prefix_tuning";
+    /// Trained vectors before those of the tokens.
+    prompt_tuning::PromptTuning = "prompt_tuning";
+    /// Rows of the token table alone.
+    trainable_tokens::TrainableTokens = "trainable_tokens";
 }

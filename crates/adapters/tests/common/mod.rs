@@ -10,6 +10,7 @@ use espalier_adapters::attach::{Attached, attach_from_data};
 use espalier_adapters::formats::hash::of_parts;
 use espalier_adapters::formats::safetensors::{TensorFile, bytes_of};
 use espalier_adapters::module::NormKind;
+use espalier_adapters::prompt::{Prompt, PromptShape, PromptSlot};
 use espalier_adapters::random::{normal, stream};
 use espalier_adapters::{
     AdapterConfig, AdapterSet, Embedding, Flow, FrozenWeight, Host, Linear, ModuleMut, Norm, Result, Site,
@@ -26,12 +27,17 @@ pub(crate) const UP: &str = "model.layers.0.up_proj";
 pub(crate) const DOWN: &str = "model.layers.1.down_proj";
 pub(crate) const NORM: &str = "model.layers.0.norm";
 
+/// Sizes of the toy, as far as something may stand before its sequences.
+const PROMPT: PromptShape =
+    PromptShape { width: WIDTH, blocks: 2, heads: 3, kv_heads: 1, head_width: WIDTH, causal: true };
+
 /// down(norm(up(embed(ids)))): a table, a map with a bias, a layer norm, and a map that files keep transposed.
 pub(crate) struct Toy {
     pub(crate) embed: Embedding,
     pub(crate) up: Linear,
     pub(crate) norm: Norm,
     pub(crate) down: Linear,
+    slot: PromptSlot,
     hash: String,
 }
 
@@ -52,12 +58,22 @@ impl Toy {
             up: Linear::new(UP, FrozenWeight::dense(up).unwrap(), Some(bias), false).unwrap(),
             norm: Norm::new(NORM, NormKind::Layer { eps: 1e-5 }, gain, Some(shift)),
             down: Linear::new(DOWN, FrozenWeight::dense(down).unwrap(), None, true).unwrap(),
+            slot: PromptSlot::new(PROMPT),
             hash: of_parts(parts.iter().map(Vec::as_slice)),
         }
     }
 
     pub(crate) fn forward(&self, ids: &[u32], flow: &Flow) -> Result<Tensor> {
-        let x = self.embed.forward(&Tensor::new(ids, &Device::Cpu)?)?;
+        let mut x = self.embed.forward(&Tensor::new(ids, &Device::Cpu)?)?;
+        // Every token sees all that stands before the sequence alike.
+        if let Some(prompter) = self.slot.get() {
+            let (Prompt::Tokens(before) | Prompt::KeysValues(before)) = prompter.prompt(flow)?;
+            let weights =
+                Tensor::arange(0f32, before.elem_count() as f32, &Device::Cpu)?.cos()?.reshape(before.shape())?;
+            let seen = (before.tanh()? * weights.to_dtype(before.dtype())?)?.sum(0)?;
+            let seen = seen.reshape((seen.elem_count() / WIDTH, WIDTH))?.sum(0)?;
+            x = x.to_dtype(seen.dtype())?.broadcast_add(&seen)?.to_dtype(x.dtype())?;
+        }
         self.down.forward(&self.norm.forward(&self.up.forward(&x, flow)?)?, flow)
     }
 
@@ -76,6 +92,10 @@ impl Host for Toy {
 
     fn head_paths(&self) -> Vec<String> {
         vec!["lm_head".into()]
+    }
+
+    fn prompt_slot(&mut self) -> Option<&mut PromptSlot> {
+        Some(&mut self.slot)
     }
 
     fn base_hash(&self) -> Result<String> {

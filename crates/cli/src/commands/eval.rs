@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use espalier_data::{DataOptions, EncodeOptions, Example, Row, Source};
 use espalier_infer::eval::{self, ChoiceColumns, ChoiceRow, EvalOptions};
-use espalier_infer::{GenerateOptions, end_ids, max_length};
+use espalier_infer::{GenerateOptions, end_ids, longest};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -154,7 +154,7 @@ impl Eval {
 
     fn examples(&self, loaded: &Loaded) -> Result<Vec<Example>> {
         let options = EncodeOptions {
-            max_length: Some(max_length(loaded.model.config())),
+            max_length: Some(longest(&loaded.model)),
             completion_only: !self.whole_rows,
             label_names: loaded.model.config().label_names(),
             ..EncodeOptions::default()

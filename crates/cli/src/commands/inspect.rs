@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use espalier_adapters::formats::{folder, safetensors};
 use espalier_adapters::parametrisation::MethodConfig;
+use espalier_adapters::target::Kind;
 use espalier_models::ModelConfig;
 use espalier_models::source::folder::WeightFiles;
 use espalier_train::checkpoint;
@@ -123,12 +124,11 @@ impl Inspect {
             let mut model = espalier_models::Model::load(&self.path, &options)?;
             let candidates = espalier_adapters::attach::candidates(&mut model)?;
             items.extend(candidates.into_iter().map(|c| {
-                let kind = if c.head {
-                    "head"
-                } else if c.linear {
-                    "linear"
-                } else {
-                    "embedding"
+                let kind = match c.kind {
+                    _ if c.head => "head",
+                    Kind::Linear => "linear",
+                    Kind::Embedding => "embedding",
+                    Kind::Norm => "norm",
                 };
                 format!("{} ({kind})", c.path)
             }));

@@ -12,7 +12,7 @@ use super::losses::{Target, token_losses};
 use super::question::ChoiceRow;
 use super::{EvalOptions, Progress, Refused, batches, expect_decoder, refuse, share};
 use crate::generate::prompt_ids;
-use crate::limits::max_length;
+use crate::limits::longest;
 use crate::{Error, Result};
 
 /// The answer to one question.
@@ -72,7 +72,7 @@ pub fn choice_accuracy(
 ) -> Result<ChoiceAccuracy> {
     expect_decoder(model, "choice accuracy")?;
     let mut refused = Refused::new();
-    let longest = max_length(model.config());
+    let longest = longest(model);
     let (mut used, mut candidates) = (Vec::new(), Vec::new());
     for (row, question) in rows.iter().enumerate() {
         let made =

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::metrics::{self, ClassScore};
 use super::{EvalOptions, Progress, Refused, batches, refuse};
-use crate::limits::max_length;
+use crate::limits::longest;
 use crate::{Error, Result};
 
 /// Classification scores over examples.
@@ -61,7 +61,7 @@ pub fn classification(
         ));
     }
     let mut refused = Refused::new();
-    let longest = max_length(model.config());
+    let longest = longest(model);
     let mut used = Vec::new();
     for (index, example) in examples.iter().enumerate() {
         match example.class {

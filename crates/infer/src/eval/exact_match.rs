@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Progress, Refused, refuse, share};
 use crate::generate::{GenerateOptions, Stats, generate, prompt_ids};
-use crate::limits::max_length;
+use crate::limits::longest;
 use crate::sampler::SamplingConfig;
 use crate::{Error, Result};
 
@@ -68,7 +68,7 @@ pub fn exact_match(
     options.validate()?;
     let mut refused = Refused::new();
     let mut tasks = Vec::new();
-    let longest = max_length(model.config());
+    let longest = longest(model);
     for (row, content) in rows.iter().enumerate() {
         match task(codec, row, content) {
             Ok(task) if task.ids.is_empty() && model.config().bos_id.is_none() => refuse(&mut refused, "empty_prompt"),

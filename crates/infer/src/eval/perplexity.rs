@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::losses::{Target, token_losses};
 use super::{EvalOptions, Progress, Refused, batches, expect_decoder, refuse};
-use crate::limits::max_length;
+use crate::limits::longest;
 use crate::{Error, Result};
 
 /// Perplexity over examples.
@@ -39,7 +39,7 @@ pub fn perplexity(
 ) -> Result<Perplexity> {
     expect_decoder(model, "perplexity")?;
     let mut refused = Refused::new();
-    let longest = max_length(model.config());
+    let longest = longest(model);
     let mut used: Vec<usize> = Vec::new();
     for (index, example) in examples.iter().enumerate() {
         check_labels(index, example, model.config().vocab)?;

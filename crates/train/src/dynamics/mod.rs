@@ -6,6 +6,8 @@
 //! added by writing its file and one line in the list below; recipe values, documentation, and the trials of stopped and
 //! killed runs follow from it.
 
+pub mod rank_allocator;
+
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;

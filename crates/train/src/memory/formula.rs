@@ -81,10 +81,10 @@ pub(super) fn estimate(
     })?;
     let trained = parameters.trainable_count() as u64 * 16;
     let length = match recipe.packing {
-        true => setup::max_length(recipe, model.config()) as u64,
+        true => setup::max_length(recipe, model.config(), model.virtual_tokens()) as u64,
         false => longest as u64,
     };
-    let tokens = recipe.batch_size as u64 * length;
+    let tokens = recipe.batch_size as u64 * (length + model.virtual_tokens() as u64);
     let size = if model.dtype() == DType::F32 { 4 } else { 2 };
     let hidden = model.config().hidden as u64;
     let config = model.config();

@@ -16,7 +16,7 @@ pub const ADAPTER_KEYS: &[(&str, &str)] = &[
     ("method", "Method of the adapter."),
     (
         "target_modules",
-        "Modules to adapt: all-linear, a list of path endings, or a regular expression on the whole path.",
+        "Modules to adapt: all-linear, all-norms, input-embedding, a list of path endings, or a regular expression on the whole path [default: what the method is for].",
     ),
     ("exclude_modules", "Modules to leave alone: a list of path endings, or a regular expression."),
     ("layers_to_transform", "Only these layers: an index or a list."),
@@ -54,14 +54,17 @@ pub(super) fn parse(table: &Table) -> Result<AdapterConfig> {
             targets.insert(key.into(), value);
         }
     }
-    let targets: TargetSpec = read(TABLE, &Table::new(), targets)?;
+    let named = targets.contains_key("target_modules");
+    let read: TargetSpec = read(TABLE, &Table::new(), targets)?;
+    let default = AdapterConfig::new(method);
+    let target_modules = if named { read.target_modules } else { default.targets.target_modules.clone() };
     let config = AdapterConfig {
-        targets,
+        targets: TargetSpec { target_modules, ..read },
         bias: take(TABLE, &mut table, "bias")?.unwrap_or_default(),
         modules_to_save: take(TABLE, &mut table, "modules_to_save")?.unwrap_or_default(),
         trainable_tokens: take(TABLE, &mut table, "trainable_tokens")?,
         tie_weights: take(TABLE, &mut table, "tie_weights")?.unwrap_or(true),
-        ..AdapterConfig::new(method)
+        ..default
     };
     let names = adapter_keys().into_iter().map(|k| k.name);
     nothing_left(TABLE, &table, &format!("method `{name}`"), names)?;
