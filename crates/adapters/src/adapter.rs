@@ -323,6 +323,8 @@ pub struct PromptSite<'a> {
 pub enum Property {
     /// Its change can be written into the base's weights.
     Merge,
+    /// It acts on encoders.
+    Encoders,
 }
 
 /// The layer of a method that acts on no linear map: there is none.

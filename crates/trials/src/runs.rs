@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
+use espalier_adapters::adapter::Property;
 use espalier_adapters::MethodConfig;
 use espalier_adapters::formats::folder::WEIGHTS_FILE;
 use espalier_adapters::formats::safetensors::TensorFile;
@@ -245,7 +246,9 @@ pub fn of_eight(folder: &Path) -> Result<Vec<(&'static str, String, &'static str
             ..recipe.clone()
         };
         all.push((method.name(), name.clone(), NEXT_TOKENS, recipe));
-        all.push((method.name(), name, "classes", classified));
+        if method.exception(Property::Encoders).is_none() {
+            all.push((method.name(), name, "classes", classified));
+        }
     }
     Ok(all)
 }

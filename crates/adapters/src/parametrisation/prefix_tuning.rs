@@ -37,6 +37,9 @@ pub struct PrefixTuning {
 /// PEFT's key of the start.
 const START: &str = "init_weights";
 
+/// Why encoders are refused.
+const DECODERS: &str = "PEFT has keys and values before the sequences of decoders alone; use prompt_tuning or p_tuning";
+
 impl Method for PrefixTuning {
     type Layer = NoLayer;
 
@@ -49,10 +52,7 @@ impl Method for PrefixTuning {
 
     fn prompter(&self, site: &PromptSite<'_>, init: &mut Init<'_>) -> Result<Arc<dyn Prompter>> {
         if !site.shape.causal {
-            return Err(Error::unsupported(
-                "prefix_tuning on an encoder",
-                "PEFT has keys and values before the sequences of decoders alone; use prompt_tuning or p_tuning",
-            ));
+            return Err(Error::unsupported("prefix_tuning on an encoder", DECODERS));
         }
         let (n, keys, blocks) = (self.tokens.num_virtual_tokens, site.shape.keys(), site.shape.blocks);
         let all = 2 * blocks * keys;
@@ -93,7 +93,7 @@ impl Method for PrefixTuning {
     }
 
     fn exceptions() -> &'static [(Property, &'static str)] {
-        &[(Property::Merge, NO_WEIGHT)]
+        &[(Property::Merge, NO_WEIGHT), (Property::Encoders, DECODERS)]
     }
 
     fn examples() -> Vec<(String, Self)> {
