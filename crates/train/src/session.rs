@@ -149,7 +149,8 @@ pub fn run(
         true => EventWriter::resume(files.root(), step)?,
         false => EventWriter::create(files.root())?,
     };
-    if !starts.is_empty() && !(options.resume && files.starts().is_file()) {
+    let kept = options.resume && files.starts().is_file();
+    if !starts.is_empty() && !kept {
         let entries = starts.iter().map(|(name, start)| safetensors::Entry::of(name.clone(), start)).collect();
         safetensors::write(&files.starts(), entries, &BTreeMap::new())?;
     }

@@ -47,9 +47,8 @@ fn solved(mut m: Vec<Vec<f64>>, mut v: Vec<f64>) -> Vec<f64> {
         v.swap(i, pivot);
         for j in i + 1..n {
             let f = m[j][i] / m[i][i];
-            for k in i..n {
-                m[j][k] -= f * m[i][k];
-            }
+            let (above, below) = m.split_at_mut(j);
+            below[0][i..].iter_mut().zip(&above[i][i..]).for_each(|(x, y)| *x -= f * y);
             v[j] -= f * v[i];
         }
     }

@@ -31,7 +31,7 @@ impl Start for Eva {
         Some(Wanted { kind: EvidenceKind::InputMoment, rows: self.rows })
     }
 
-    fn from_evidence(&self, site: &Site, _scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
+    fn start_from(&self, site: &Site, _scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
         let ((r, width), shape_b) = shapes(site);
         if r > width {
             return Err(Error::config("r", format!("{}: rank {r} is above the input width {width}", site.path)));

@@ -93,7 +93,7 @@ impl Start for LoraGa {
         Some(Wanted { kind: EvidenceKind::Gradient, rows: self.rows })
     }
 
-    fn from_evidence(&self, site: &Site, scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
+    fn start_from(&self, site: &Site, scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
         let gradient = evidence.values;
         let (u, s, vt) = decomposition::svd(gradient)?;
         if s.first().is_none_or(|largest| *largest == 0.0) {

@@ -48,7 +48,7 @@ pub trait Start: Clone + Default + PartialEq + Serialize + DeserializeOwned {
     ///
     /// # Errors
     /// If the evidence has another shape, or a decomposition fails.
-    fn from_evidence(&self, site: &Site, scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
+    fn start_from(&self, site: &Site, scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
         let _ = (scale, evidence);
         Err(Error::unsupported(format!("evidence for {}", site.path), "the initialisation takes none"))
     }
@@ -125,8 +125,8 @@ macro_rules! initialisations {
             ///
             /// # Errors
             /// If the evidence has another shape, or a decomposition fails.
-            pub fn from_evidence(&self, site: &Site, scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
-                match self { $(Self::$config(own) => own.from_evidence(site, scale, evidence),)* }
+            pub fn start_from(&self, site: &Site, scale: f64, evidence: &Evidence<'_>) -> Result<(Tensor, Tensor)> {
+                match self { $(Self::$config(own) => own.start_from(site, scale, evidence),)* }
             }
 
             /// Whether a part of the base moves into the adapter, so that the saved factors mean nothing without the residual.

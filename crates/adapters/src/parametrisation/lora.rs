@@ -144,7 +144,7 @@ impl Method for Lora {
 
     fn starts(&self, site: &Site, evidence: &Evidence<'_>) -> Result<Vec<(String, Tensor)>> {
         let (name_a, name_b) = LoraLayer::names(site.lookup);
-        let (a, b) = self.init.from_evidence(site, self.scale(site), evidence)?;
+        let (a, b) = self.init.start_from(site, self.scale(site), evidence)?;
         Ok(vec![(name_a.to_owned(), a), (name_b.to_owned(), b)])
     }
 

@@ -14,13 +14,13 @@ fn by_definition(map: &Map, (m, n): (usize, usize), scale: f64, peft: bool) -> R
     let (l, g) = (of("randlora_lambda")?.to_vec2::<f64>()?, of("randlora_gamma")?.to_vec2::<f64>()?);
     let (r, count, long, short) = (l.len(), g.len(), m.max(n), m.min(n));
     let mut sum = vec![0f64; m * n];
-    for p in 0..long {
+    for (p, of_b) in b.iter().enumerate().take(long) {
         for q in 0..short {
             let mut value = 0.0;
             for t in 0..r * count {
                 // The t-th column of B belongs to basis t / r and rank t mod r; PEFT pairs it with the factors of t mod N, t / N.
                 let (k, j) = if peft { (t / count, t % count) } else { (t % r, t / r) };
-                value += b[p][t / r][t % r] * l[k][j] * a[k][0][q] * g[j][q];
+                value += of_b[t / r][t % r] * l[k][j] * a[k][0][q] * g[j][q];
             }
             let at = if n > m { q * n + p } else { p * n + q };
             sum[at] = scale * value;

@@ -215,6 +215,9 @@ pub struct State {
     square: f64,
 }
 
+/// Places of A and B among the trainable parameters, and their gradients.
+type Sides<'a> = ((usize, usize), (&'a Tensor, &'a Tensor));
+
 impl State {
     /// Name under which the optimiser keeps the moments of a site's whole weight.
     fn name(pair: &Pair) -> String {
@@ -222,7 +225,7 @@ impl State {
     }
 
     /// The places of A and B among the gradients, and the gradients.
-    fn sides<'a>(pair: &Pair, sums: &'a Sums) -> Result<((usize, usize), (&'a Tensor, &'a Tensor))> {
+    fn sides<'a>(pair: &Pair, sums: &'a Sums) -> Result<Sides<'a>> {
         let found = pair.down.index.zip(pair.up.index).and_then(|(down, up)| {
             let (ga, gb) = (sums.get(down)?.as_ref()?, sums.get(up)?.as_ref()?);
             Some(((down, up), (ga, gb)))
