@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
-use espalier_adapters::adapter::Property;
 use espalier_adapters::MethodConfig;
+use espalier_adapters::adapter::Property;
 use espalier_adapters::formats::folder::WEIGHTS_FILE;
 use espalier_adapters::formats::safetensors::TensorFile;
 use espalier_models::{LoadOptions, Model};

@@ -103,9 +103,9 @@ impl Compare {
             let method = parts.next().unwrap_or_default();
             // The recipe's own settings of the method are those of another one.
             let mut recipe = Recipe::read(Some(path), &common)?;
-            recipe.adapter.retain(|key, _| {
-                ["target_modules", "exclude_modules", "bias", "modules_to_save"].contains(&key)
-            });
+            recipe
+                .adapter
+                .retain(|key, _| ["target_modules", "exclude_modules", "bias", "modules_to_save"].contains(&key));
             recipe.adapter.insert("method".into(), method.into());
             for part in parts {
                 let Setting { key, text } = setting(part)?;
