@@ -17,6 +17,7 @@ use crate::low_rank::LowRankView;
 use crate::parameter::ParameterMap;
 use crate::parametrisation::MethodConfig;
 use crate::prompt::{PromptShape, Prompter};
+pub use crate::sites::checked_dropout;
 use crate::{Error, Flow, Result};
 
 /// How one frozen linear map is adapted. One implementation per file under `parametrisation/` or `routing/`.
@@ -356,48 +357,4 @@ pub struct Site {
     pub lookup: bool,
     /// Device of the parameters.
     pub device: Device,
-}
-
-/// Ranks above this are typing errors, and their factors would not fit into memory.
-const MAX_RANK: usize = 1 << 16;
-
-impl Site {
-    /// The rank.
-    ///
-    /// # Errors
-    /// If it is 0, or so large that it is a typing error.
-    pub fn checked_rank(&self) -> Result<usize> {
-        match self.rank {
-            0 => Err(Error::config("r", format!("{}: the rank must be at least 1", self.path))),
-            rank if rank > MAX_RANK => {
-                Err(Error::config("r", format!("{}: rank {rank} is above {MAX_RANK}", self.path)))
-            }
-            rank => Ok(rank),
-        }
-    }
-
-    /// Refuses an embedding, for a method called `name` that acts on products alone.
-    ///
-    /// # Errors
-    /// If the site looks up rows.
-    pub fn refuse_lookup(&self, name: &str) -> Result<()> {
-        if self.lookup {
-            return Err(Error::unsupported(
-                format!("{name} on {}", self.path),
-                "it acts on the inputs or outputs of a product, not on looked-up rows; use lora for embeddings",
-            ));
-        }
-        Ok(())
-    }
-}
-
-/// A probability of dropping inputs.
-///
-/// # Errors
-/// If it is none below 1.
-pub fn checked_dropout(dropout: f64) -> Result<f64> {
-    if (0.0..1.0).contains(&dropout) {
-        return Ok(dropout);
-    }
-    Err(Error::config("dropout", format!("{dropout} is not a probability below 1")))
 }

@@ -33,6 +33,7 @@ pub mod prompt;
 pub mod random;
 mod rotation;
 pub mod set;
+mod sites;
 pub mod target;
 pub mod tied;
 mod weight_space;

@@ -18,6 +18,7 @@ pub mod live;
 pub mod memory;
 pub mod merge;
 pub mod moved_base;
+mod named;
 pub mod objective;
 pub mod observer;
 pub mod optimizer;

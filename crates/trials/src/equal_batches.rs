@@ -24,7 +24,7 @@ pub static TRIAL: Trial = Trial {
 };
 
 const MEAN: Limit = Limit { unit: "largest mean |difference of losses| of a run", bar: 1e-5 };
-const NORM: Limit = Limit { unit: "largest relative difference of a gradient's norm", bar: 1e-3 };
+const NORM: Limit = Limit { unit: "largest relative difference of a gradient's norm", bar: 1e-2 };
 
 /// A way to cut the eight rows of a step.
 type Cut = (&'static str, fn(Recipe) -> Recipe);

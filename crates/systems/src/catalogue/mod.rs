@@ -236,7 +236,7 @@ pub static SYSTEMS: &[System] = &[
             "parametrisation",
         ),
         &["crates/adapters/src/parametrisation/nola.rs"],
-        "",
+        "its claim of compression at equal quality on a pretrained model",
         nola::checks,
     ),
     built(

@@ -76,7 +76,8 @@ pub fn checks(lab: &mut Lab) -> Result<()> {
         ours.push(best_fit(&weight, "method = \"nola\"\nr = 4\nbases = 48\nalpha = 4.0", seed, None, &target, 400)?);
         lora.push(best_fit(&weight, "method = \"lora\"\nr = 1\nalpha = 1.0", seed, None, &target, 400)?);
     }
-    let claim = "at LoRA's smallest size, a change of rank 2 is learned at least as well";
-    lab.below("change of rank 2 at 96 parameters", claim, &ours, ("LoRA r = 1", &lora));
+    // The card's own limit: on a random target quality follows the number of coefficients.
+    let claim = "on a random linear target NOLA does not beat LoRA at an equal number of parameters";
+    lab.below("change of rank 2 at 96 parameters", claim, &lora, ("NOLA r = 4", &ours));
     Ok(())
 }
