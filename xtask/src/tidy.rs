@@ -113,6 +113,7 @@ fn dependencies(root: &Path, name: &str) -> Vec<String> {
         "models" => &["kernels", "adapters"],
         "infer" => &["kernels", "adapters", "models", "data"],
         "train" => &["kernels", "adapters", "models", "data", "infer"],
+        "cli" => &["kernels", "adapters", "models", "data", "infer", "train", "systems"],
         _ => &["kernels", "adapters", "models", "data", "infer", "train"],
     };
     let manifest = std::fs::read_to_string(root.join(format!("crates/{name}/Cargo.toml"))).unwrap_or_default();
