@@ -44,6 +44,11 @@ impl Dense {
         self.trained.as_ref()
     }
 
+    /// Makes `frozen` the base model's values; what is trained stays in use.
+    pub fn set_frozen(&mut self, frozen: Tensor) {
+        self.frozen = frozen;
+    }
+
     /// Uses `trained` in place of the frozen values, or the frozen ones again.
     pub fn replace(&mut self, trained: Option<Tensor>) {
         self.trained = trained;

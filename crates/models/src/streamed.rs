@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use espalier_adapters::attach::Attached;
 use espalier_adapters::formats::piecewise::Piecewise;
-use espalier_adapters::{Dense, FrozenWeight, Host, ModuleMut};
+use espalier_adapters::{FrozenWeight, Host, ModuleMut};
 
 use crate::freed::give_back;
 use crate::load::{Provenance, open_source};
@@ -159,15 +159,15 @@ impl Store {
                 ModuleMut::Linear(linear) => {
                     matrix.map(|m| linear.set_base(Arc::new(m))).transpose()?;
                     if let (Some(place), Some(bias)) = (linear.bias_mut(), bias) {
-                        *place = Dense::new(bias);
+                        place.set_frozen(bias);
                     }
                 }
                 ModuleMut::Norm(norm) => {
                     if let Some(vector) = vector {
-                        *norm.weight_mut() = Dense::new(vector);
+                        norm.weight_mut().set_frozen(vector);
                     }
                     if let (Some(place), Some(bias)) = (norm.bias_mut(), bias) {
-                        *place = Dense::new(bias);
+                        place.set_frozen(bias);
                     }
                 }
                 ModuleMut::Embedding(table) => {
