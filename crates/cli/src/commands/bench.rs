@@ -50,10 +50,10 @@ struct ShapeArgs {
     /// Method of the adapter.
     #[arg(long, default_value = "lora")]
     method: String,
-    /// Keys of its [adapter] table beside rank and alpha, as TOML: 'target_modules = ["q_proj"]'.
+    /// Keys of its adapter table beside rank and alpha, as TOML: 'target_modules = ["q_proj"]'.
     #[arg(long, default_value = "")]
     adapter: String,
-    /// Keys of the [dynamics] table, as TOML: 'method = "lora-pro"'.
+    /// Keys of the dynamics table, as TOML: 'method = "lora-pro"'.
     #[arg(long, default_value = "")]
     dynamics: String,
     /// The same as --method dora.
