@@ -151,6 +151,21 @@ impl<'a> Init<'a> {
         Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(shape)?)
     }
 
+    /// The tensor `full`, a variable where it is `trained`; noted as missed where the file lacks it.
+    fn given(
+        &mut self,
+        full: &str,
+        shape: &Shape,
+        trained: bool,
+        draw: impl FnOnce(&mut ChaCha8Rng, &Shape, &Device) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match self.values(full, shape, draw)? {
+            Some(values) if trained => Ok(Var::from_tensor(&values)?.as_tensor().clone()),
+            Some(values) => Ok(values.detach()),
+            None => self.missed(full, shape),
+        }
+    }
+
     /// A trainable tensor: from the file, else `draw` of the module's stream.
     ///
     /// # Errors
@@ -161,11 +176,7 @@ impl<'a> Init<'a> {
         shape: impl Into<Shape>,
         draw: impl FnOnce(&mut ChaCha8Rng, &Shape, &Device) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let (full, shape) = (format!("{}.{name}", self.path), shape.into());
-        match self.values(&full, &shape, draw)? {
-            Some(values) => Ok(Var::from_tensor(&values)?.as_tensor().clone()),
-            None => self.missed(&full, &shape),
-        }
+        self.given(&format!("{}.{name}", self.path), &shape.into(), true, draw)
     }
 
     /// A tensor that is saved but not trained: as [`Self::trainable`].
@@ -178,11 +189,7 @@ impl<'a> Init<'a> {
         shape: impl Into<Shape>,
         draw: impl FnOnce(&mut ChaCha8Rng, &Shape, &Device) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let (full, shape) = (format!("{}.{name}", self.path), shape.into());
-        match self.values(&full, &shape, draw)? {
-            Some(values) => Ok(values.detach()),
-            None => self.missed(&full, &shape),
-        }
+        self.given(&format!("{}.{name}", self.path), &shape.into(), false, draw)
     }
 
     /// A trainable tensor that starts at zero.
